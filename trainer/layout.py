@@ -1,0 +1,19 @@
+"""Names inside a run folder and a checkpoint, shared by what writes them and what reads them."""
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+SKIPPED_FILE = "skipped.tsv"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+STEP_PREFIX = "step-"
+UNFINISHED_PREFIX = ".unfinished-"
+MANIFEST_FILE = "manifest.json"
+TRAINER_STATE_FILE = "trainer_state.json"
+DEEPSPEED_FOLDER = "deepspeed"
+PLAIN_MODEL_FILE = "model.safetensors"
+PLAIN_OPTIMIZER_FILE = "optimizer.pt"
+
+
+def step_folder_name(step: int) -> str:
+    """`step-00001000` for update 1,000."""
+    return f"{STEP_PREFIX}{step:08d}"

@@ -1,0 +1,1 @@
+"""What is learned: the model, its objective, its optimizer and its schedules."""

@@ -1,0 +1,96 @@
+"""The wav2vec 2.0 objective as sums over masked frames (Baevski et al. 2020, equations 2 to 4).
+
+Nothing here divides by a count: the caller scales one global sum once, so the gradient does not depend on how a
+batch was split. Frames that are not masked never enter: predictions and targets arrive as `[B, M, ...]`, where M is
+the largest number of masked frames in a row and `valid` `[B, M]` tells real positions from padding.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class ContrastiveSums(NamedTuple):
+    """Sums over the masked frames of one micro-batch, each a scalar fp32 tensor."""
+
+    loss: Tensor
+    num_correct: Tensor
+
+
+class Quantized(NamedTuple):
+    """What the product quantizer made of N frames."""
+
+    vectors: Tensor  # [N, G x d], the chosen codewords, straight-through
+    codes: Tensor  # [N], one integer per combination of chosen codewords
+    prob_perplexity: Tensor  # scalar, differentiable: of the averaged softmax, summed over groups
+    code_perplexity: Tensor  # scalar: of the chosen codewords, summed over groups
+
+
+def masked_perplexity(probs: Tensor, valid: Tensor) -> Tensor:
+    """Perplexity of the mean distribution over valid frames, summed over groups (equation 4 uses its entropy).
+
+    `probs` is `[N, G, V]`, `valid` `[N]`; the result lies between G (collapse) and G x V (uniform use).
+    """
+    weights = valid.to(probs.dtype)
+    mean = torch.einsum("n,ngv->gv", weights, probs) / weights.sum().clamp(min=1)
+    return torch.exp(-torch.xlogy(mean, mean).sum(dim=-1)).sum()
+
+
+def quantize(logits: Tensor, codebook: Tensor, valid: Tensor, temperature: float | None) -> Quantized:
+    """Product quantization of N frames by (Gumbel) softmax over G groups of V codewords (section 2, equation 1).
+
+    `logits` `[N, G, V]`, `codebook` `[G, V, d]`, `valid` `[N]`. With a `temperature` codewords are drawn by a
+    straight-through Gumbel softmax; with None the most likely one is taken. The codewords are gathered by one grouped
+    matmul, so no tensor of N x G x V x d elements exists (transformers forms it).
+    """
+    logits = logits.float()  # [N, G, V]
+    num_frames, num_groups, num_vars = logits.shape
+    soft = logits.softmax(dim=-1)
+    if temperature is None:
+        chosen = functional.one_hot(logits.argmax(dim=-1), num_vars).to(logits.dtype)
+    else:
+        chosen = functional.gumbel_softmax(logits, tau=temperature, hard=True)
+    vectors = torch.einsum("ngv,gvd->ngd", chosen.to(codebook.dtype), codebook)  # [N, G, d]
+    powers = num_vars ** torch.arange(num_groups, device=logits.device)  # [G]
+    best = functional.one_hot(logits.argmax(dim=-1), num_vars).to(logits.dtype)
+    return Quantized(
+        vectors=vectors.reshape(num_frames, -1),
+        codes=(chosen.detach().argmax(dim=-1) * powers).sum(dim=-1),
+        prob_perplexity=masked_perplexity(soft, valid),
+        code_perplexity=masked_perplexity(best, valid),
+    )
+
+
+def contrastive_sums(
+    predictions: Tensor, targets: Tensor, codes: Tensor, negatives: Tensor, valid: Tensor, temperature: float
+) -> ContrastiveSums:
+    """Sum of InfoNCE losses over masked frames and the number ranked right (section 3.2, equation 3).
+
+    `predictions` and `targets` `[B, M, D]`; `codes` `[B, M]` identify equal targets; `negatives` `[B, M, K]` index
+    the M axis of the same row; `valid` `[B, M]`. All similarities of a row are one (M, M) matmul in fp32, of which
+    each frame's K sampled columns are gathered, so no (K, B, M, D) tensor exists. A negative that is the positive's
+    own codeword is left out, as fairseq and transformers do. A frame counts as correct when its positive scores
+    highest and not also lowest (fairseq's rule: a collapsed codebook scores nothing).
+    """
+    with torch.autocast(device_type=predictions.device.type, enabled=False):
+        predictions = functional.normalize(predictions.float(), dim=-1)
+        targets = functional.normalize(targets.float(), dim=-1)
+        similarities = torch.matmul(predictions, targets.transpose(1, 2)) / temperature  # [B, M, M]
+    positive = similarities.diagonal(dim1=1, dim2=2).unsqueeze(-1)  # [B, M, 1]
+    distractors = similarities.gather(2, negatives)  # [B, M, K]
+    batch_size, num_frames, num_negatives = negatives.shape
+    negative_codes = codes.gather(1, negatives.reshape(batch_size, -1)).view(batch_size, num_frames, num_negatives)
+    distractors = distractors.masked_fill(negative_codes == codes.unsqueeze(-1), float("-inf"))
+
+    logits = torch.cat([positive, distractors], dim=-1)  # [B, M, 1 + K]
+    losses = logits.logsumexp(dim=-1) - positive.squeeze(-1)  # [B, M]
+    with torch.no_grad():
+        highest = positive.squeeze(-1) >= logits.amax(dim=-1)
+        lowest = positive.squeeze(-1) <= logits.amin(dim=-1)
+        correct = highest & ~lowest & ~torch.isneginf(distractors).all(dim=-1) & valid
+    return ContrastiveSums(
+        loss=torch.where(valid, losses, torch.zeros_like(losses)).sum(),
+        num_correct=correct.sum().float(),
+    )

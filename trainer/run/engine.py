@@ -1,0 +1,217 @@
+"""The only place that knows accelerate and DeepSpeed: prepare, agree, backward, step, save, load."""
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trainer.layout import DEEPSPEED_FOLDER, PLAIN_MODEL_FILE, PLAIN_OPTIMIZER_FILE
+from trainer.run.extensions import use_extensions_folder
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did: gradient norm before clipping, and whether it was left out as not finite."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class Agreement(NamedTuple):
+    """What all ranks agreed on before an update."""
+
+    num_targets: float
+    stop: bool
+
+
+@dataclasses.dataclass
+class Engine:
+    """A prepared model and optimizer, under DeepSpeed or plain PyTorch, on one or many ranks."""
+
+    accelerator: Accelerator
+    model: Any
+    optimizer: Any
+    max_grad_norm: float
+    uses_deepspeed: bool
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.accelerator.device)
+
+    @property
+    def name(self) -> str:
+        """`deepspeed` or `plain`: which layout this engine's checkpoints have."""
+        return "deepspeed" if self.uses_deepspeed else "plain"
+
+    def agree(self, num_targets: int, stop: bool) -> Agreement:
+        """The one all-reduce per update: targets of the window on all ranks, and whether any wants to stop."""
+        told = self.sum_over_ranks(torch.tensor([num_targets, int(stop)], dtype=torch.float64, device=self.device))
+        total, stops = told.tolist()
+        return Agreement(num_targets=total, stop=stops > 0)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all ranks, on all ranks."""
+        result: Tensor = self.accelerator.reduce(values.clone(), reduction="sum")
+        return result
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.accelerator.wait_for_everyone()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Write the learning rate of the coming update into every parameter group."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    @contextlib.contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """Encloses forward and backward of one micro-batch; only the last of a window reduces gradients and steps."""
+        if self.uses_deepspeed:
+            self.accelerator.sync_gradients = last
+            yield
+        else:
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                yield
+
+    def backward(self, loss_sum: Tensor, num_targets: float) -> None:
+        """Gradients of `loss_sum` divided by the targets of the whole window on all ranks.
+
+        Both DeepSpeed and DistributedDataParallel average over ranks, so the sum is multiplied by the world size; the
+        division by accumulation steps that DeepSpeed would add is turned off. What arrives at the optimizer is
+        d(sum of all losses) / num_targets, however the window was split.
+        """
+        scaled = loss_sum * (self.world_size / max(num_targets, 1.0))
+        if self.uses_deepspeed:
+            self.accelerator.backward(scaled, scale_wrt_gas=False)  # also clips, steps and zeroes after the last one
+        else:
+            self.accelerator.backward(scaled)
+
+    def step(self) -> StepResult:
+        """Clip and apply the gradients of the window, or leave the update out when their norm is not finite."""
+        if self.uses_deepspeed:
+            grad_norm = float(self.model.get_global_grad_norm())
+            return StepResult(grad_norm, bool(self.optimizer.step_was_skipped))
+        limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+        skipped = not torch.isfinite(torch.tensor(grad_norm)).item()
+        if not skipped:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(grad_norm, skipped)
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state below `folder`; every rank calls it."""
+        if self.uses_deepspeed:
+            self.model.save_checkpoint(str(folder), tag=DEEPSPEED_FOLDER, save_latest=False)
+        elif self.is_main:
+            model: nn.Module = self.accelerator.unwrap_model(self.model)
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+            save_file(state, folder / PLAIN_MODEL_FILE, metadata={"format": "pt"})
+            torch.save(self.optimizer.state_dict(), folder / PLAIN_OPTIMIZER_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote; the world size must be the one that saved under DeepSpeed."""
+        if self.uses_deepspeed:
+            self.model.load_checkpoint(str(folder), tag=DEEPSPEED_FOLDER)
+        else:
+            self.accelerator.unwrap_model(self.model).load_state_dict(load_file(folder / PLAIN_MODEL_FILE))
+            state = torch.load(folder / PLAIN_OPTIMIZER_FILE, map_location=self.device, weights_only=True)
+            self.optimizer.load_state_dict(state)
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory held at once on this rank: the device's, or the resident set of the process on a CPU."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def close(self) -> None:
+        """End trackers and the process group."""
+        self.accelerator.end_training()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def launched_ranks() -> int:
+    """World size that the launcher announced; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process is rank 0, known before any process group exists."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def build_engine(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    ds_config: dict[str, Any] | None,
+    bf16: bool,
+    max_grad_norm: float,
+    log_with: str | None,
+    project_folder: Path,
+) -> Engine:
+    """Start the process group and prepare model and optimizer; `ds_config` is resolved, None means plain PyTorch.
+
+    The model is complete on the CPU before this is called: transformers cannot be built under `zero.Init`.
+    """
+    _quieten()
+    _complete_environment()
+    if ds_config is not None:
+        use_extensions_folder(os.environ)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"  # accelerate finds no backend for DeepSpeed on CPUs
+    accelerator = Accelerator(
+        mixed_precision="bf16" if bf16 else "no",
+        deepspeed_plugin=None if ds_config is None else DeepSpeedPlugin(hf_ds_config=ds_config),
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)],
+        log_with=log_with,
+        project_dir=str(project_folder),
+    )
+    model.train()
+    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    return Engine(accelerator, prepared_model, prepared_optimizer, max_grad_norm, uses_deepspeed=ds_config is not None)
+
+
+def _complete_environment() -> None:
+    """Give a process started without a launcher the variables that DeepSpeed's process group needs."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(defaults)
+
+
+def _quieten() -> None:
+    """Keep DeepSpeed's start-up log, dozens of lines per rank, from burying the run's own."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|accelerate)\..*")

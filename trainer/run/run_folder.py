@@ -1,0 +1,63 @@
+"""Opens the run folder: a new run in a new folder, or a run that is continued; never one run over another."""
+
+import json
+from pathlib import Path
+
+from transformers import Wav2Vec2Config
+
+from trainer.arguments import PretrainArguments
+from trainer.errors import UserError
+from trainer.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FILE
+from trainer.run.checkpoint import TrainerState, find_checkpoint
+
+_TRACES = (CONFIG_FILE, METRICS_FILE, CHECKPOINTS_FOLDER)
+
+
+def open_run_folder(arguments: PretrainArguments) -> tuple[Path, Path | None]:
+    """The run folder, created if missing, and the checkpoint to resume from. Raises `UserError`.
+
+    `--resume latest` in a folder without a complete checkpoint starts anew, so that a job which is killed before its
+    first checkpoint can be submitted again unchanged.
+    """
+    assert arguments.output_dir is not None  # the arguments' own rule
+    folder = Path(arguments.output_dir)
+    if arguments.resume is None and any((folder / trace).exists() for trace in _TRACES):
+        raise UserError(
+            f"output_dir ({folder}) holds another run; continue it with --resume latest or choose another folder."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir ({folder}) cannot be created: {error.strerror}; choose another folder.") from error
+    checkpoint = None if arguments.resume is None else find_checkpoint(folder, arguments.resume)
+    return folder, checkpoint
+
+
+def check_resumable(state: TrainerState, checkpoint: Path, world_size: int, engine: str) -> None:
+    """Raise `UserError` where the checkpoint needs another launch than this one."""
+    if state.engine != engine:
+        remedy = "add --deepspeed" if state.engine == "deepspeed" else "leave --deepspeed out"
+        raise UserError(f"checkpoint {checkpoint} was written by a {state.engine} run, this one is {engine}; {remedy}.")
+    if state.engine == "deepspeed" and state.world_size != world_size:
+        raise UserError(
+            f"checkpoint {checkpoint} holds the optimizer state of {state.world_size} ranks, this run has "
+            f"{world_size}; start it with {state.world_size} ranks."
+        )
+
+
+def check_model_matches(checkpoint: Path, config: Wav2Vec2Config) -> None:
+    """Raise `UserError` where the checkpoint holds another model, naming the values that differ."""
+    saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    wanted = json.loads(config.to_json_string(use_diff=False))
+    different = [
+        f"{name} ({saved[name]} there, {wanted[name]} here)"
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_dim",
+                     "conv_kernel", "conv_stride", "conv_bias", "feat_extract_norm", "do_stable_layer_norm",
+                     "num_codevector_groups", "num_codevectors_per_group", "codevector_dim", "proj_codevector_dim")
+        if name in saved and saved[name] != wanted[name]
+    ]  # fmt: skip
+    if different:
+        raise UserError(
+            f"checkpoint {checkpoint} holds another model: {'; '.join(different)}; "
+            "use the recipe or --model_name_or_path that it was trained with."
+        )

@@ -1,0 +1,80 @@
+"""Experiment trackers through accelerate: Weights & Biases and TensorBoard. `metrics.jsonl` is written regardless."""
+
+import importlib.util
+import os
+import socket
+import sys
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.run.engine import Engine
+
+PROJECT_NAME = "speech-pretraining"
+_REACH_TIMEOUT_SECONDS = 3.0
+
+
+def check_tracker(report_to: str) -> None:
+    """Raise `UserError` when the package of the tracker is not installed."""
+    package = {"wandb": "wandb", "tensorboard": "tensorboard"}.get(report_to)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"report_to ({report_to}) needs the package {package}; run `pip install {package}` or set --report_to none."
+        )
+
+
+def start_tracker(engine: Engine, report_to: str, run_folder: Path, settings: dict[str, Any], resumed: bool) -> None:
+    """Open the tracker on the main rank; W&B works offline, in the run folder, where its server cannot be reached."""
+    if report_to == "none":
+        return
+    options: dict[str, dict[str, Any]] = {}
+    if report_to == "wandb":
+        if engine.is_main and "WANDB_MODE" not in os.environ and not _wandb_reachable():
+            os.environ["WANDB_MODE"] = "offline"
+            print(f"wandb: no server or no login; logging offline below {run_folder / 'wandb'}", file=sys.stderr)
+        options["wandb"] = {
+            "dir": str(run_folder),
+            "name": run_folder.name,
+            "id": _wandb_run_id(run_folder, resumed),
+            "resume": "allow",
+        }
+    hyper_parameters = {name: value for name, value in settings.items() if isinstance(value, int | float | str | bool)}
+    engine.accelerator.init_trackers(PROJECT_NAME, config=hyper_parameters, init_kwargs=options)
+
+
+def track(engine: Engine, line: dict[str, Any]) -> None:
+    """Send the numbers of one line of metrics, named `split/metric`, to the tracker, if there is one."""
+    values = {
+        f"{line['split']}/{name}": value
+        for name, value in line.items()
+        if name not in ("step", "split") and value is not None
+    }
+    engine.accelerator.log(values, step=line["step"])
+
+
+def _wandb_run_id(run_folder: Path, resumed: bool) -> str:
+    """The id of this run folder's W&B run, kept in a file so that a resumed run continues its curves."""
+    path = run_folder / "wandb_run_id"
+    if resumed and path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    import wandb
+
+    run_id: str = wandb.util.generate_id()
+    path.write_text(run_id, encoding="utf-8")
+    return run_id
+
+
+def _wandb_reachable() -> bool:
+    """Whether a login exists and the server answers; wandb itself would ask at a prompt or retry for minutes."""
+    import wandb
+
+    url = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    if not wandb.api.api_key:
+        return False
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.hostname or "", port), timeout=_REACH_TIMEOUT_SECONDS).close()
+    except OSError:
+        return False
+    return True
