@@ -182,7 +182,7 @@ def value_type(name: str) -> type:
     return typing.cast(type, hint)
 
 
-class _Parser(argparse.ArgumentParser):
+class RaisingParser(argparse.ArgumentParser):
     """argparse whose complaints are raised instead of printed."""
 
     def error(self, message: str) -> typing.NoReturn:
@@ -191,7 +191,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """A parser in which a flag that is not given leaves no trace, so a recipe's value can stand."""
-    parser = _Parser(
+    parser = RaisingParser(
         prog="trainer pretrain",
         description="Pre-train a wav2vec 2.0 model on unlabelled speech.",
         argument_default=argparse.SUPPRESS,

@@ -4,6 +4,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SKIPPED_FILE = "skipped.tsv"
 CHECKPOINTS_FOLDER = "checkpoints"
+LOCK_FILE = ".lock"
 
 STEP_PREFIX = "step-"
 UNFINISHED_PREFIX = ".unfinished-"

@@ -34,7 +34,8 @@ def masked_perplexity(probs: Tensor, valid: Tensor) -> Tensor:
     `probs` is `[N, G, V]`, `valid` `[N]`; the result lies between G (collapse) and G x V (uniform use).
     """
     weights = valid.to(probs.dtype)
-    mean = torch.einsum("n,ngv->gv", weights, probs) / weights.sum().clamp(min=1)
+    # sum() adds pairwise; as a matmul this was wrong in the fourth digit for 20,000 frames
+    mean = (probs * weights[:, None, None]).sum(dim=0) / weights.sum().clamp(min=1)  # [G, V]
     return torch.exp(-torch.xlogy(mean, mean).sum(dim=-1)).sum()
 
 

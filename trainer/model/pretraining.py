@@ -28,19 +28,6 @@ class LossTerms(NamedTuple):
     prob_perplexity: Tensor
 
 
-class ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by `scale` (fairseq's `feature_grad_mult`)."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return features.view_as(features)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.scale, None
-
-
 class PretrainingModel(Wav2Vec2ForPreTraining):
     """`Wav2Vec2ForPreTraining` with the same parameters under the same names and a forward made for training.
 
@@ -76,7 +63,7 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
 
         return hook
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_values: Tensor,
         mask: Tensor,
@@ -109,10 +96,10 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
     def _features(self, input_values: Tensor) -> tuple[Tensor, Tensor]:
         """Convolutional features `[B, T, C]` and their mean square (the feature penalty, fairseq's `features_pen`)."""
         # the waveform stays fp32 up to here: DeepSpeed casts the model to bf16 but not what goes into it
-        first_layer = self.wav2vec2.feature_extractor.conv_layers[0].conv
-        features = self.wav2vec2.feature_extractor(input_values.to(first_layer.weight.dtype))  # [B, C, T]
-        if self.feature_grad_mult != 1.0:
-            features = ScaleGradient.apply(features, self.feature_grad_mult)
+        dtype = next(self.wav2vec2.feature_extractor.parameters()).dtype
+        features = self.wav2vec2.feature_extractor(input_values.to(dtype))  # [B, C, T]
+        if self.feature_grad_mult != 1.0 and features.requires_grad:
+            features.register_hook(lambda gradient: gradient * self.feature_grad_mult)
         return features.transpose(1, 2), features.float().pow(2).mean()
 
     def _loss_terms(
@@ -175,6 +162,7 @@ def initialise_positional_conv(model: Wav2Vec2ForPreTraining) -> None:
     layer keeps PyTorch's default. Assigning to the parametrized weight stores direction and magnitude instead.
     """
     conv = model.wav2vec2.encoder.pos_conv_embed.conv
+    assert conv.bias is not None
     std = math.sqrt(4.0 / (conv.kernel_size[0] * conv.in_channels))
     conv.weight = torch.randn_like(conv.weight) * std
     conv.bias.zero_()

@@ -155,9 +155,12 @@ class SkippedLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seen: set[str] = set()
-        if path.exists():
-            self.seen = {line.split("\t")[0] for line in path.read_text(encoding="utf-8").splitlines()}
+        self.seen = self._listed()
+
+    def _listed(self) -> set[str]:
+        if not self.path.exists():
+            return set()
+        return {line.split("\t")[0] for line in self.path.read_text(encoding="utf-8").splitlines()}
 
     def add(self, items: Iterable[Skipped]) -> None:
         """List the files that are not listed yet."""
@@ -165,7 +168,9 @@ class SkippedLog:
             name = item.path.encode("unicode_escape").decode("ascii")  # a name may hold a tab or a newline
             if name in self.seen:
                 continue
+            self.seen |= self._listed()  # another rank may have met the file
+            if name not in self.seen:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(f"{name}\t{item.reason}\n")
+                print(f"skipped {name}: {item.reason}", file=sys.stderr)
             self.seen.add(name)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{name}\t{item.reason}\n")
-            print(f"skipped {name}: {item.reason}", file=sys.stderr)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.errors import UserError
+
 # In a checkout beside `trainer/`, in an installed wheel inside it.
 _PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED_FOLDERS = (_PACKAGE.parent / "ds_configs", _PACKAGE / "ds_configs")
@@ -49,7 +51,7 @@ LATER_AUTO = frozenset(
 )
 
 
-class DsConfigError(ValueError):
+class DsConfigError(UserError):
     """The DeepSpeed configuration cannot be read or disagrees with the command line; the message lists everything."""
 
 

@@ -188,6 +188,8 @@ def build_engine(
         use_extensions_folder(os.environ)
     backend = "nccl" if torch.cuda.is_available() else "gloo"  # accelerate finds no backend for DeepSpeed on CPUs
     accelerator = Accelerator(
+        # accelerate would divide plain losses by this number; DeepSpeed's own division is turned off in `backward`
+        gradient_accumulation_steps=1 if ds_config is None else ds_config["gradient_accumulation_steps"],
         mixed_precision="bf16" if bf16 else "no",
         deepspeed_plugin=None if ds_config is None else DeepSpeedPlugin(hf_ds_config=ds_config),
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)],

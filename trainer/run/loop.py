@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
@@ -16,6 +16,7 @@ from trainer.data.batching import Cursor, epoch_batches
 from trainer.data.collate import MaskSettings
 from trainer.data.frames import FrameGeometry
 from trainer.data.loader import Window
+from trainer.errors import UserError
 from trainer.layout import CONFIG_FILE, METRICS_FILE, SKIPPED_FILE
 from trainer.model.optim import build_optimizer
 from trainer.model.pretraining import build_model
@@ -37,7 +38,7 @@ from trainer.run.evaluation import evaluate
 from trainer.run.guard import Guard
 from trainer.run.metrics import Totals, append_line, drop_lines_after, means
 from trainer.run.progress import Progress
-from trainer.run.run_folder import check_model_matches, check_resumable, open_run_folder
+from trainer.run.run_folder import check_model_matches, check_resumable, lock_run_folder, open_run_folder
 from trainer.run.signals import StopRequest
 from trainer.run.steps import audio_seconds, dropped_layers, forward, seed_micro_batch
 from trainer.run.trackers import check_tracker, start_tracker, track
@@ -74,6 +75,7 @@ class Run:
     skipped: SkippedLog
     stop: StopRequest
     max_train_steps: int
+    lock: TextIO | None
     interval_start: float = dataclasses.field(default_factory=time.monotonic)
 
     def train(self) -> int:
@@ -181,9 +183,11 @@ class Run:
         self.interval_start += time.monotonic() - start
 
     def close(self) -> None:
-        """End the bar, the trackers and the process group."""
+        """End the bar, the trackers and the process group, and let go of the run folder."""
         self.progress.close()
         self.engine.close()
+        if self.lock is not None:
+            self.lock.close()
 
     @property
     def _pin_memory(self) -> bool:
@@ -222,6 +226,7 @@ def build(arguments: PretrainArguments) -> Run | None:
         return None
 
     folder, checkpoint = open_run_folder(arguments)
+    lock = lock_run_folder(folder) if is_main_process() else None
     state = TrainerState() if checkpoint is None else read_state(checkpoint)
     if checkpoint is not None:
         check_model_matches(checkpoint, config)
@@ -233,7 +238,7 @@ def build(arguments: PretrainArguments) -> Run | None:
         feature_grad_mult=arguments.feature_grad_mult,
     )
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = build_optimizer(
         model,
         learning_rate=arguments.learning_rate,
@@ -252,15 +257,17 @@ def build(arguments: PretrainArguments) -> Run | None:
         project_folder=folder,
     )
     totals = Totals(engine.device)
+    _check_same_checkpoint(engine, state, folder)
     if checkpoint is not None:
         engine.load(checkpoint)
         if engine.is_main and state.totals:
             totals.values.copy_(torch.tensor(state.totals, dtype=totals.values.dtype))
-        say(f"resuming from {checkpoint}")
     if engine.is_main:
         (folder / CONFIG_FILE).write_text(dump_recipe(arguments), encoding="utf-8")
         drop_lines_after(folder / METRICS_FILE, state.step)
     engine.barrier()
+    if checkpoint is not None:
+        say(f"resuming from {checkpoint}")
     state.world_size, state.engine = engine.world_size, engine.name
     state.gradient_accumulation_steps = arguments.gradient_accumulation_steps
     skipped = SkippedLog(folder / SKIPPED_FILE)
@@ -280,7 +287,7 @@ def build(arguments: PretrainArguments) -> Run | None:
     progress = Progress(state.step, max_train_steps, visible=engine.is_main)
     return Run(
         arguments, folder, config, geometry, masks, corpus, engine, state, totals, progress, skipped, stop,
-        max_train_steps,
+        max_train_steps, lock,
     )  # fmt: skip
 
 
@@ -316,6 +323,16 @@ def _ds_config(arguments: PretrainArguments) -> dict[str, Any] | None:
         micro_batch_size=arguments.per_device_train_batch_size,
         world_size=launched_ranks(),
     )
+
+
+def _check_same_checkpoint(engine: Engine, state: TrainerState, folder: Path) -> None:
+    """Raise `UserError` where ranks found different checkpoints, as they do when machines do not share the folder."""
+    steps = engine.sum_over_ranks(torch.tensor([state.step], dtype=torch.float64, device=engine.device)).item()
+    if steps != state.step * engine.world_size:
+        raise UserError(
+            f"output_dir ({folder}) does not look the same to all ranks: rank {engine.rank} found a checkpoint of "
+            f"update {state.step}, another rank did not; put it on a file system that all machines share."
+        )
 
 
 def _max_train_steps(arguments: PretrainArguments, corpus: Corpus, world_size: int) -> int:

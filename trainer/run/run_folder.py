@@ -1,13 +1,17 @@
 """Opens the run folder: a new run in a new folder, or a run that is continued; never one run over another."""
 
+import fcntl
 import json
+import os
+import socket
+from io import TextIOWrapper
 from pathlib import Path
 
 from transformers import Wav2Vec2Config
 
 from trainer.arguments import PretrainArguments
 from trainer.errors import UserError
-from trainer.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FILE
+from trainer.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, LOCK_FILE, METRICS_FILE
 from trainer.run.checkpoint import TrainerState, find_checkpoint
 
 _TRACES = (CONFIG_FILE, METRICS_FILE, CHECKPOINTS_FOLDER)
@@ -31,6 +35,30 @@ def open_run_folder(arguments: PretrainArguments) -> tuple[Path, Path | None]:
         raise UserError(f"output_dir ({folder}) cannot be created: {error.strerror}; choose another folder.") from error
     checkpoint = None if arguments.resume is None else find_checkpoint(folder, arguments.resume)
     return folder, checkpoint
+
+
+def lock_run_folder(folder: Path) -> TextIOWrapper:
+    """Hold the run folder while the returned file is open; the main rank calls it. Raises `UserError` if it is held.
+
+    Ranks can outlive their launcher. Two runs that write one folder would prune each other's checkpoints.
+    """
+    file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise UserError(
+            f"output_dir ({folder}) is being written by another run ({holder}); wait for it, end it, or choose "
+            "another folder."
+        ) from error
+    except OSError:
+        return file  # a file system without locks: better unprotected than unusable
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def check_resumable(state: TrainerState, checkpoint: Path, world_size: int, engine: str) -> None:

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import urllib.parse
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,16 @@ def start_tracker(engine: Engine, report_to: str, run_folder: Path, settings: di
         return
     options: dict[str, dict[str, Any]] = {}
     if report_to == "wandb":
-        if engine.is_main and "WANDB_MODE" not in os.environ and not _wandb_reachable():
-            os.environ["WANDB_MODE"] = "offline"
-            print(f"wandb: no server or no login; logging offline below {run_folder / 'wandb'}", file=sys.stderr)
         options["wandb"] = {
             "dir": str(run_folder),
             "name": run_folder.name,
             "id": _wandb_run_id(run_folder, resumed),
             "resume": "allow",
         }
+        if "WANDB_MODE" not in os.environ and engine.is_main and not _wandb_reachable():
+            # as an argument: the environment was read when wandb was imported
+            options["wandb"]["mode"] = "offline"
+            print(f"wandb: no server or no login; logging offline below {run_folder / 'wandb'}", file=sys.stderr)
     hyper_parameters = {name: value for name, value in settings.items() if isinstance(value, int | float | str | bool)}
     engine.accelerator.init_trackers(PROJECT_NAME, config=hyper_parameters, init_kwargs=options)
 
@@ -58,9 +60,7 @@ def _wandb_run_id(run_folder: Path, resumed: bool) -> str:
     path = run_folder / "wandb_run_id"
     if resumed and path.is_file():
         return path.read_text(encoding="utf-8").strip()
-    import wandb
-
-    run_id: str = wandb.util.generate_id()
+    run_id = uuid.uuid4().hex[:8]
     path.write_text(run_id, encoding="utf-8")
     return run_id
 

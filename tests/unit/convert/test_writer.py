@@ -1,0 +1,176 @@
+"""Shards, sizes, streaming, and the folder that appears whole or not at all."""
+
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from trainer.convert.errors import ConversionError
+from trainer.convert.weights import Weight, same_bits
+from trainer.convert.writer import check_destination, parse_size, plan_shards, published_folder, write_shards
+
+
+def weight(name: str, tensor: torch.Tensor) -> Weight:
+    return Weight(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def mixed_weights() -> dict[str, torch.Tensor]:
+    return {
+        "odd": torch.randn(3, 5),
+        "scalar": torch.tensor(7),
+        "flag": torch.tensor([True, False, True]),
+        "strided": torch.randn(4, 6).t(),
+        "empty": torch.empty(0, 2),
+        "half": torch.randn(7).bfloat16(),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_written_file_reads_back_in_safetensors(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = mixed_weights()
+    write_shards(tmp_path, plan_shards([weight(*item) for item in tensors.items()], dtype, 10**9), dtype)
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        wanted = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        assert same_bits(loaded[name], wanted), name
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as shard:
+        assert shard.metadata() == {"format": "pt"}
+    content = (tmp_path / "model.safetensors").read_bytes()
+    header_bytes = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + header_bytes])
+    for name, tensor in loaded.items():  # readers map the file and need every element at a multiple of its size
+        assert (8 + header_bytes + header[name]["data_offsets"][0]) % tensor.itemsize == 0, name
+
+
+def test_shards_stay_below_the_limit_and_the_index_lists_all(tmp_path: Path) -> None:
+    sizes = [30, 30, 30, 200, 10]  # elements; the limit of 400 bytes holds 100
+    weights = [weight(f"w{n}", torch.randn(size)) for n, size in enumerate(sizes)]
+    shards = plan_shards(weights, torch.float32, 400)
+    write_shards(tmp_path, shards, torch.float32)
+    names = [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
+    assert [(shard.file_name, [w.name for w in shard.weights]) for shard in shards] == [
+        (names[0], ["w0", "w1", "w2"]),
+        (names[1], ["w3"]),
+        (names[2], ["w4"]),
+    ]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_parameters": 300, "total_size": 1200}
+    assert {name: list(load_file(tmp_path / file)) for name, file in index["weight_map"].items()} == {
+        "w0": ["w0", "w1", "w2"],
+        "w1": ["w0", "w1", "w2"],
+        "w2": ["w0", "w1", "w2"],
+        "w3": ["w3"],
+        "w4": ["w4"],
+    }
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    alive = 0
+    most = 0
+
+    def released() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def read() -> torch.Tensor:
+        nonlocal alive, most
+        tensor = torch.randn(100)
+        weakref.finalize(tensor.untyped_storage(), released)
+        alive += 1
+        most = max(most, alive)
+        return tensor
+
+    weights = [Weight(f"w{n}", (100,), torch.float32, read) for n in range(20)]
+    write_shards(tmp_path, plan_shards(weights, torch.bfloat16, 10**9), torch.bfloat16)
+    assert (most, alive) == (1, 0)
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2kib", 2048), ("1TB", 10**12)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["5", "GB", "-1GB", "0GB", "5 G", "five GB", ""])
+def test_bad_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ConversionError, match="max_shard_size"):
+        parse_size(text)
+
+
+def test_folder_appears_only_at_the_end(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    with published_folder(out) as staging:
+        (staging / "file").write_text("x")
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["file"]
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("existing", ["none", "empty", "filled"])
+def test_failure_leaves_everything_as_it_was(tmp_path: Path, existing: str) -> None:
+    out = tmp_path / "out"
+    if existing != "none":
+        out.mkdir()
+    if existing == "filled":
+        (out / "old").write_text("old")
+    with pytest.raises(KeyboardInterrupt), published_folder(out) as staging:
+        (staging / "file").write_text("x")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ([] if existing == "none" else ["out"])
+    assert existing == "none" or [path.name for path in out.iterdir()] == (["old"] if existing == "filled" else [])
+
+
+@pytest.mark.parametrize("existing", ["empty", "filled"])
+def test_existing_folder_is_replaced_as_a_whole(tmp_path: Path, existing: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if existing == "filled":
+        (out / "old").write_text("old")
+    with published_folder(out) as staging:
+        (staging / "new").write_text("new")
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_old_folder_comes_back_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+
+    def rename(source: Path, target: Path) -> None:
+        if source.suffix == ".tmp":
+            raise OSError("disk trouble")
+        source.replace(target)
+
+    monkeypatch.setattr("trainer.convert.writer.os.rename", rename)
+    with pytest.raises(OSError, match="disk trouble"), published_folder(out):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["old"]
+
+
+def test_destination_rules(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    for overlapping in (checkpoint, checkpoint / "out", tmp_path / "run"):
+        with pytest.raises(ConversionError, match="must lie apart"):
+            check_destination(overlapping, checkpoint, overwrite=True)
+    out = tmp_path / "out"
+    check_destination(out, checkpoint, overwrite=False)
+    out.mkdir()
+    check_destination(out, checkpoint, overwrite=False)
+    (out / "thesis.tex").write_text("x")
+    with pytest.raises(ConversionError, match="is not empty"):
+        check_destination(out, checkpoint, overwrite=False)
+    with pytest.raises(ConversionError, match="is not a model folder"):
+        check_destination(out, checkpoint, overwrite=True)
+    (out / "config.json").write_text("{}")
+    check_destination(out, checkpoint, overwrite=True)
+    with pytest.raises(ConversionError, match="is a file"):
+        check_destination(out / "config.json", checkpoint, overwrite=True)

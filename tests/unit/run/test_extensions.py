@@ -1,0 +1,24 @@
+"""The folder of compiled extensions."""
+
+from importlib.metadata import version
+
+from trainer.run.extensions import extensions_folder, use_extensions_folder
+
+
+def test_the_folder_names_the_versions_that_must_not_mix() -> None:
+    folder = extensions_folder({"XDG_CACHE_HOME": "/cache"})
+    assert folder.startswith("/cache/speech-pretrainer/torch_extensions/")
+    assert f"torch-{version('torch')}" in folder
+    assert f"deepspeed-{version('deepspeed')}" in folder
+
+
+def test_the_users_own_folder_stays() -> None:
+    environ = {"TORCH_EXTENSIONS_DIR": "/mine", "XDG_CACHE_HOME": "/cache"}
+    use_extensions_folder(environ)
+    assert environ["TORCH_EXTENSIONS_DIR"] == "/mine"
+
+
+def test_using_the_folder_sets_the_variable_torch_reads() -> None:
+    environ = {"XDG_CACHE_HOME": "/cache"}
+    use_extensions_folder(environ)
+    assert environ["TORCH_EXTENSIONS_DIR"] == extensions_folder({"XDG_CACHE_HOME": "/cache"})

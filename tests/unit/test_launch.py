@@ -1,0 +1,61 @@
+"""`launch/pretrain_*.sh`: what their environment variables and arguments become, and that both languages read them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.launch import pretrain_arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULTS = ["pretrain", "--config", "large", "--output_dir", "runs/large", "--deepspeed", "zero2"]
+
+
+def test_defaults() -> None:
+    assert pretrain_arguments([], {}, "large") == DEFAULTS
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
+def test_the_launchers_rank_is_dropped(flag: str) -> None:
+    assert pretrain_arguments([flag, "--seed", "3"], {}, "large") == [*DEFAULTS, "--seed", "3"]
+
+
+def test_a_bare_first_argument_is_the_data() -> None:
+    arguments = pretrain_arguments(["--local_rank=0", "/data/audio", "--seed", "3"], {}, "large")
+    assert arguments == [*DEFAULTS, "--dataset_name", "/data/audio", "--seed", "3"]
+
+
+def test_environment_variables_become_flags() -> None:
+    environ = {"DATA": "a b", "OUTPUT": "out", "DS_CONFIG": "my.json", "RECIPE": "base"}
+    assert pretrain_arguments([], environ, "large") == [
+        *("pretrain", "--config", "base", "--output_dir", "out", "--deepspeed", "my.json", "--dataset_name", "a b")
+    ]
+
+
+def test_an_empty_variable_counts_as_not_set() -> None:
+    assert pretrain_arguments([], {"DATA": "", "OUTPUT": "", "DS_CONFIG": "", "RECIPE": ""}, "large") == DEFAULTS
+
+
+def test_the_command_line_comes_after_the_environment() -> None:
+    arguments = pretrain_arguments(["mine", "--output_dir", "there"], {"DATA": "theirs", "OUTPUT": "here"}, "large")
+    assert arguments.index("theirs") < arguments.index("mine")
+    assert arguments.index("here") < arguments.index("there")
+
+
+@pytest.mark.parametrize("recipe", ["base", "large"])
+@pytest.mark.parametrize("language", ["bash", sys.executable])
+def test_both_languages_read_the_file(recipe: str, language: str, tmp_path: Path) -> None:
+    command = [language, str(ROOT / "launch" / f"pretrain_{recipe}.sh"), "--help"]
+    environ = {name: value for name, value in os.environ.items() if name != "RANK"}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
+    assert f"OUTPUT     run folder (--output_dir), default runs/{recipe}" in done.stdout
+    assert "--learning_rate" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_is_printed_by_one_rank() -> None:
+    command = [sys.executable, str(ROOT / "launch" / "pretrain_large.sh"), "--local_rank=1", "--help"]
+    environ = {**os.environ, "RANK": "1"}
+    assert subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout == ""

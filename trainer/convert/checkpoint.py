@@ -1,0 +1,129 @@
+"""Finds the checkpoint to convert in a run folder and makes sure it is whole."""
+
+import json
+import re
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainer.convert.errors import ConversionError
+from trainer.layout import CHECKPOINTS_FOLDER, MANIFEST_FILE, STEP_PREFIX, TRAINER_STATE_FILE
+
+LAYOUT_VERSION = 1
+STEP_FOLDER = re.compile(re.escape(STEP_PREFIX) + r"(\d+)")
+READ_BYTES = 1 << 22
+
+
+class Checkpoint(NamedTuple):
+    """What `trainer_state.json` tells of one complete step folder."""
+
+    folder: Path
+    step: int
+    world_size: int
+    engine: str
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The step folder that `source` is, or the newest complete one of the run folder that `source` is.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    if not source.is_dir():
+        raise ConversionError(f"checkpoint ({source}) is not a folder; give a run folder or one of its step folders.")
+    if STEP_FOLDER.fullmatch(source.resolve().name) or (source / TRAINER_STATE_FILE).exists():
+        return source
+    checkpoints = source / CHECKPOINTS_FOLDER if (source / CHECKPOINTS_FOLDER).is_dir() else source
+    steps = {
+        int(match.group(1)): folder
+        for folder in checkpoints.iterdir()
+        if (match := STEP_FOLDER.fullmatch(folder.name)) and (folder / MANIFEST_FILE).is_file()
+    }
+    if not steps:
+        raise ConversionError(
+            f"{checkpoints}: holds no complete checkpoint (a folder step-<number> with manifest.json); "
+            "wait until the run has saved once, or give another folder."
+        )
+    return steps[max(steps)]
+
+
+def open_checkpoint(folder: Path, *, checksums: bool) -> Checkpoint:
+    """Check every file that the manifest lists (size, and CRC-32 if `checksums`) and read the trainer's state.
+
+    Raises:
+        ConversionError: the folder is an unfinished save, a file is missing or damaged, or the layout is unknown.
+    """
+    if folder.resolve().name.startswith((".", "tmp")) or not (folder / MANIFEST_FILE).is_file():
+        raise ConversionError(
+            f"{folder}: an unfinished save (no manifest.json, or a temporary name); take another one."
+        )
+    files = _field(folder / MANIFEST_FILE, read_layout(folder / MANIFEST_FILE), "files", dict)
+    for name, facts in files.items():
+        _check_file(folder / name, facts, checksums=checksums)
+    path = folder / TRAINER_STATE_FILE
+    state = read_layout(path)
+    return Checkpoint(
+        folder=folder,
+        step=_field(path, state, "step", int),
+        world_size=_field(path, state, "world_size", int),
+        engine=_field(path, state, "engine", str),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ConversionError: the file is missing or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConversionError(f"{path}: missing; copy the whole checkpoint folder.") from error
+    except (ValueError, OSError) as error:
+        raise ConversionError(f"{path}: not readable as JSON ({error}); take another checkpoint.") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path}: holds a {type(content).__name__}, not a JSON object; take another checkpoint.")
+    return content
+
+
+def read_layout(path: Path) -> dict[str, Any]:
+    """`read_json` for one of the trainer's own files, which carry the version of their layout."""
+    content = read_json(path)
+    if content.get("version") != LAYOUT_VERSION:
+        raise ConversionError(
+            f"{path}: version ({content.get('version')}) must be {LAYOUT_VERSION}; "
+            "convert with the version of the trainer that wrote the checkpoint."
+        )
+    return content
+
+
+def _field(path: Path, content: dict[str, Any], name: str, kind: type) -> Any:
+    value = content.get(name)
+    if not isinstance(value, kind):
+        raise ConversionError(f"{path}: {name} ({value!r}) must be of type {kind.__name__}; take another checkpoint.")
+    return value
+
+
+def _check_file(path: Path, facts: dict[str, Any], *, checksums: bool) -> None:
+    if not path.is_file():
+        raise ConversionError(f"{path}: listed in manifest.json but missing; copy the whole checkpoint folder.")
+    num_bytes = path.stat().st_size
+    if num_bytes != facts["bytes"]:
+        raise ConversionError(
+            f"{path}: has {num_bytes} bytes where manifest.json says {facts['bytes']}; copy it again, or take another "
+            "checkpoint."
+        )
+    if checksums and facts.get("crc32") is not None and (crc := _crc32(path)) != facts["crc32"]:
+        raise ConversionError(
+            f"{path}: CRC-32 is {crc} where manifest.json says {facts['crc32']}; copy it again, or take another "
+            "checkpoint."
+        )
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(READ_BYTES):
+            crc = zlib.crc32(chunk, crc)
+    return crc

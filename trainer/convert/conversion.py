@@ -1,0 +1,151 @@
+"""From a checkpoint of a run to a folder that `from_pretrained` loads."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from trainer.convert.card import model_card
+from trainer.convert.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, read_json
+from trainer.convert.errors import ConversionError
+from trainer.convert.plain import read_plain
+from trainer.convert.verify import check_names, check_written, stock_shapes
+from trainer.convert.weights import Weight
+from trainer.convert.writer import check_destination, parse_size, plan_shards, published_folder, write_shards
+from trainer.convert.zero import read_zero
+from trainer.layout import DEEPSPEED_FOLDER, PLAIN_MODEL_FILE, TRAINER_STATE_FILE
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+
+
+class ConversionReport(NamedTuple):
+    """What was converted. `num_parameters` counts the elements of all tensors in the folder, buffers included."""
+
+    checkpoint: Path
+    out: Path
+    step: int
+    engine: str
+    dtype: str
+    num_parameters: int
+    num_bytes: int
+    files: tuple[str, ...]
+    verified: bool
+    seconds: float
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    verify: bool = True,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """Write the weights of a checkpoint, its configuration and a card into `out`, which appears whole or not at all.
+
+    Args:
+        source: a run folder (its newest complete checkpoint is taken) or one step folder.
+        out: a folder that is new or empty, or with `overwrite` an earlier model folder.
+        dtype: fp32 (default), bf16 or fp16 for the floating-point weights.
+        max_shard_size: largest size of one safetensors file, such as 5GB or 500MB.
+        verify: check the input's checksums, compare the names with the stock model, and read the result back.
+        overwrite: replace a model folder at `out`.
+
+    Raises:
+        ConversionError: an argument or the checkpoint is wrong; `out` is then as it was.
+    """
+    started = time.monotonic()
+    target = resolve_dtype(dtype)
+    max_shard_bytes = parse_size(max_shard_size)
+    folder = find_checkpoint(source)
+    check_destination(out, folder, overwrite=overwrite)
+    checkpoint = open_checkpoint(folder, checksums=verify)
+    weights = read_weights(checkpoint)
+    num_parameters = sum(math.prod(weight.shape) for weight in weights)
+    with published_folder(out) as staging:
+        write_configuration(staging, checkpoint, target, num_parameters)
+        if verify:
+            check_names(weights, stock_shapes(staging))
+        write_shards(staging, plan_shards(weights, target, max_shard_bytes), target)
+        if verify:
+            check_written(staging, weights, target)
+        sizes = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
+    return ConversionReport(
+        checkpoint=folder,
+        out=out,
+        step=checkpoint.step,
+        engine=checkpoint.engine,
+        dtype=dtype_name(target),
+        num_parameters=num_parameters,
+        num_bytes=sum(sizes.values()),
+        files=tuple(sizes),
+        verified=verify,
+        seconds=time.monotonic() - started,
+    )
+
+
+def resolve_dtype(dtype: str | None) -> torch.dtype:
+    """The torch type of a name; fp32 for None.
+
+    Raises:
+        ConversionError: the name is unknown.
+    """
+    if dtype is None:
+        return torch.float32
+    if dtype not in DTYPES:
+        raise ConversionError(f"dtype ({dtype}) must be one of {', '.join(DTYPES)}; leave it out for fp32.")
+    return DTYPES[dtype]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that transformers uses, such as float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def read_weights(checkpoint: Checkpoint) -> Sequence[Weight]:
+    """The model's state dict, not yet in memory.
+
+    Raises:
+        ConversionError: the checkpoint cannot be read, or was saved by an unknown engine.
+    """
+    if checkpoint.engine == "deepspeed":
+        return read_zero(checkpoint.folder / DEEPSPEED_FOLDER, world_size=checkpoint.world_size)
+    if checkpoint.engine == "plain":
+        return read_plain(checkpoint.folder / PLAIN_MODEL_FILE)
+    raise ConversionError(
+        f"{checkpoint.folder / TRAINER_STATE_FILE}: engine ({checkpoint.engine}) must be deepspeed or plain; "
+        "convert with the version of the trainer that wrote the checkpoint."
+    )
+
+
+def write_configuration(staging: Path, checkpoint: Checkpoint, dtype: torch.dtype, num_parameters: int) -> None:
+    """Copy the model's and the feature extractor's configuration, with the type of these weights, and add the card."""
+    config = read_json(checkpoint.folder / "config.json")
+    preprocessor = read_json(checkpoint.folder / "preprocessor_config.json")
+    _write_json(staging / "config.json", config | {"dtype": dtype_name(dtype)})
+    _write_json(staging / "preprocessor_config.json", preprocessor)
+    card = model_card(
+        architecture=(config.get("architectures") or ["Model"])[0],
+        model_type=config.get("model_type", "wav2vec2"),
+        step=checkpoint.step,
+        num_parameters=num_parameters,
+        dtype=dtype_name(dtype),
+        sampling_rate=preprocessor.get("sampling_rate", 16000),
+    )
+    (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

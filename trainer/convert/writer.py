@@ -1,0 +1,186 @@
+"""Writes weights as safetensors shards, one tensor in memory at a time, and publishes a folder whole or not at all.
+
+The shards are written here and not by `safetensors.torch.save_file` because that takes a whole shard in memory. The
+format (https://github.com/huggingface/safetensors#format): the header's length in 8 bytes, a JSON header with the type,
+shape and place of each tensor, then the bytes of the tensors without gaps.
+"""
+
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from trainer.convert.errors import ConversionError
+from trainer.convert.weights import Weight, as_bytes, output_dtype
+
+TYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+UNITS_BYTES = {
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+INDEX_NAME = "model.safetensors.index.json"
+
+
+class Shard(NamedTuple):
+    """One file of a model folder and the weights it holds, in the order of their bytes."""
+
+    file_name: str
+    weights: list[Weight]
+
+
+def parse_size(max_shard_size: str) -> int:
+    """Bytes of a size such as 5GB, 200MB (powers of ten) or 4GiB (of two).
+
+    Raises:
+        ConversionError: it is not a positive number with one of these units.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)", max_shard_size.strip().upper())
+    size = int(float(match.group(1)) * UNITS_BYTES[match.group(2)]) if match else 0
+    if size < 1:
+        raise ConversionError(f"max_shard_size ({max_shard_size}) must be a positive size with a unit, such as 5GB.")
+    return size
+
+
+def plan_shards(weights: Sequence[Weight], dtype: torch.dtype, max_bytes: int) -> list[Shard]:
+    """Fill shards in the order of the weights; a weight larger than `max_bytes` gets a shard of its own."""
+    groups: list[list[Weight]] = [[]]
+    free = max_bytes
+    for weight in weights:
+        size = num_bytes(weight, dtype)
+        if size > free and groups[-1]:
+            groups.append([])
+            free = max_bytes
+        groups[-1].append(weight)
+        free -= size
+    if len(groups) == 1:
+        return [Shard("model.safetensors", groups[0])]
+    return [Shard(f"model-{n:05d}-of-{len(groups):05d}.safetensors", group) for n, group in enumerate(groups, start=1)]
+
+
+def num_bytes(weight: Weight, dtype: torch.dtype) -> int:
+    """Bytes of a weight once written for a model of type `dtype`."""
+    return math.prod(weight.shape) * output_dtype(weight, dtype).itemsize
+
+
+def write_shards(folder: Path, shards: Sequence[Shard], dtype: torch.dtype) -> None:
+    """Write the shards and, if there is more than one, their index, as `save_pretrained` lays them out."""
+    for shard in shards:
+        _write_safetensors(folder / shard.file_name, shard.weights, dtype)
+    if len(shards) > 1:
+        weights = [weight for shard in shards for weight in shard.weights]
+        index = {
+            "metadata": {
+                "total_parameters": sum(math.prod(weight.shape) for weight in weights),
+                "total_size": sum(num_bytes(weight, dtype) for weight in weights),
+            },
+            "weight_map": {weight.name: shard.file_name for shard in shards for weight in shard.weights},
+        }
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_safetensors(path: Path, weights: Sequence[Weight], dtype: torch.dtype) -> None:
+    # Wider types first, so that every tensor starts at a multiple of its element size.
+    weights = sorted(weights, key=lambda weight: -output_dtype(weight, dtype).itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for weight in weights:
+        stop = start + num_bytes(weight, dtype)
+        kind = TYPE_NAMES[output_dtype(weight, dtype)]
+        header[weight.name] = {"dtype": kind, "shape": list(weight.shape), "data_offsets": [start, stop]}
+        start = stop
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for weight in weights:
+            file.write(as_bytes(weight.read().to(output_dtype(weight, dtype))).numpy().data)
+
+
+def check_destination(out: Path, checkpoint: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder whose replacement would lose something.
+
+    Raises:
+        ConversionError: `out` overlaps the checkpoint, is not empty and may not be overwritten, or is no model folder.
+    """
+    out, checkpoint = out.resolve(), checkpoint.resolve()
+    if out == checkpoint or checkpoint in out.parents or out in checkpoint.parents:
+        raise ConversionError(f"out ({out}) must lie apart from the checkpoint ({checkpoint}); choose another folder.")
+    if out.exists() and not out.is_dir():
+        raise ConversionError(f"out ({out}) is a file; choose another folder.")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ConversionError(f"out ({out}) is not empty; choose another folder or ask to overwrite it.")
+    if not (out / "config.json").is_file():
+        raise ConversionError(
+            f"out ({out}) is not a model folder (no config.json), so it is not overwritten; choose another."
+        )
+
+
+@contextmanager
+def published_folder(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` to write into; at the end it reaches the disk and takes the place of `out`.
+
+    After an exception the new folder is gone and `out` is as it was.
+    """
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unique = secrets.token_hex(4)
+    staging = out.with_name(f".{out.name}.{unique}.tmp")
+    staging.mkdir()
+    try:
+        yield staging
+        for path in [*staging.iterdir(), staging]:
+            _fsync(path)
+        _replace(staging, out, retired=out.with_name(f".{out.name}.{unique}.old"))
+        _fsync(out.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _replace(staging: Path, out: Path, *, retired: Path) -> None:
+    if not out.exists() or not any(out.iterdir()):
+        os.rename(staging, out)  # also over an empty folder, at once
+        return
+    os.rename(out, retired)  # a folder cannot be renamed over one that is not empty
+    try:
+        os.rename(staging, out)
+    except OSError:
+        os.rename(retired, out)
+        raise
+    shutil.rmtree(retired)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,250 @@
+"""Reads the fp32 weights out of a ZeRO checkpoint, parameter by parameter.
+
+Each rank's `*_optim_states.pt` holds flat fp32 partitions (the master weights, also in a bf16 run); the model states
+hold the names, the shapes and what the optimizer does not own: buffers and frozen parameters. `partition.py` tells how
+they are cut.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.convert.errors import ConversionError
+from trainer.convert.partition import Piece, cut_group, cut_parameters, used_numel
+from trainer.convert.safe_load import safe_load
+from trainer.convert.weights import Weight
+
+RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(optim|model)_states\.pt")
+STAGE_1_2_MODEL_FILE = "mp_rank_00_model_states.pt"
+STAGE_1_2_PARTITIONS = "single_partition_of_fp32_groups"
+STAGE_3_PARTITIONS = "fp32_flat_groups"
+
+State = dict[str, Any]
+
+
+def read_zero(folder: Path, *, world_size: int) -> list[Weight]:
+    """Every key of the model's state dict, in its order, from the folder that `save_checkpoint` wrote.
+
+    Args:
+        folder: the folder of one DeepSpeed tag.
+        world_size: ranks of the run that saved it.
+
+    Raises:
+        ConversionError: a shard is missing, double, damaged or of another run, or the layout is unknown.
+    """
+    optimizer_files = rank_files(folder, "optim", world_size)
+    states = [_field(path, safe_load(path), "optimizer_state_dict") for path in optimizer_files]
+    _check_same_run(optimizer_files, states, world_size)
+    if all(STAGE_1_2_PARTITIONS in state for state in states):
+        model_files = [folder / STAGE_1_2_MODEL_FILE]
+        models = [safe_load(model_files[0])]
+        found = _stage_1_2(optimizer_files, states, model_files[0], models[0])
+    elif all(STAGE_3_PARTITIONS in state for state in states):
+        model_files = rank_files(folder, "model", world_size)
+        models = [safe_load(path) for path in model_files]
+        _check_model_states(model_files, models)
+        found = _stage_3(optimizer_files, states, model_files, models)
+    else:
+        raise ConversionError(
+            f"{optimizer_files[0]}: holds neither {STAGE_1_2_PARTITIONS} nor {STAGE_3_PARTITIONS}; "
+            "only checkpoints of ZeRO-1, 2 and 3 can be converted."
+        )
+    return _in_model_order(model_files[0], models[0], found)
+
+
+def rank_files(folder: Path, kind: str, world_size: int) -> list[Path]:
+    """The `kind` ("optim" or "model") files of all ranks, in rank order."""
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        match = RANK_FILE.fullmatch(path.name)
+        if match is None or match.group(3) != kind:
+            continue
+        rank = int(match.group(1))
+        if int(match.group(2)) != 0:
+            raise ConversionError(f"{path}: a shard of tensor parallelism, which is not supported.")
+        if rank in found:
+            raise ConversionError(
+                f"{path}: rank {rank} has a second file ({found[rank].name}); remove the one that is not of this save."
+            )
+        if rank >= world_size:
+            raise ConversionError(
+                f"{path}: rank {rank} in a checkpoint of world_size ({world_size}); remove the files of another save."
+            )
+        found[rank] = path
+    for rank in range(world_size):
+        if rank not in found:
+            raise ConversionError(
+                f"{folder}: *zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt is missing (world_size is {world_size}); "
+                "copy the shards of all nodes into this folder."
+            )
+    return [found[rank] for rank in range(world_size)]
+
+
+def _stage_1_2(files: Sequence[Path], states: Sequence[State], model_file: Path, model: State) -> dict[str, Weight]:
+    """Each optimizer group is one vector, cut over the ranks wherever the cut falls."""
+    partitions = [_partitions(path, state, STAGE_1_2_PARTITIONS) for path, state in zip(files, states, strict=True)]
+    # With this option DeepSpeed 0.19.8 notes addresses from before it shuffles the parameters: they are wrong.
+    addresses_hold = not model["ds_config"]["zero_optimization"].get("round_robin_gradients", False)
+    found: dict[str, Weight] = {}
+    for group, shapes in enumerate(_field(model_file, model, "param_shapes")):
+        parts = [rank_partitions[group] for rank_partitions in partitions]
+        numels = [math.prod(shape) for shape in shapes.values()]
+        paddings = _alignment_paddings(states[0], group, len(shapes))
+        try:
+            cut = cut_group([part.numel() for part in parts], numels, paddings)
+        except ValueError as error:
+            raise ConversionError(f"{files[0].parent}: group {group}: {error}; copy the checkpoint again.") from error
+        if addresses_hold:
+            _check_addresses(files, states, group, dict(zip(shapes, cut, strict=True)))
+        found |= {
+            name: _gathered(name, shape, [parts[piece.part][piece.start : piece.stop] for piece in where])
+            for (name, shape), where in zip(shapes.items(), cut, strict=True)
+        }
+    # Below ZeRO-3 the model states hold all tensors whole; those of the optimizer are copies, maybe rounded to bf16.
+    return found | _as_saved(model["module"], [name for name in model["module"] if name not in found])
+
+
+def _stage_3(
+    files: Sequence[Path], states: Sequence[State], model_files: Sequence[Path], models: Sequence[State]
+) -> dict[str, Weight]:
+    """Every parameter is cut over the ranks; a rank's groups, end to end, hold its shares in order."""
+    partitions = [_partitions(path, state, STAGE_3_PARTITIONS) for path, state in zip(files, states, strict=True)]
+    shapes = {name: shape for group in models[0]["param_shapes"] for name, shape in group.items()}
+    try:
+        cut = cut_parameters(
+            [[part.numel() for part in parts] for parts in partitions], [math.prod(shape) for shape in shapes.values()]
+        )
+    except ValueError as error:
+        raise ConversionError(
+            f"{files[0].parent}: {error}; copy the checkpoint again, or, if the optimizer was offloaded to NVMe, "
+            "save with an offload device of cpu or none."
+        ) from error
+    parts = [part for rank_parts in partitions for part in rank_parts]
+    found = {
+        name: _gathered(name, shape, [parts[piece.part][piece.start : piece.stop] for piece in where])
+        for (name, shape), where in zip(shapes.items(), cut, strict=True)
+    }
+    return found | _frozen_parameters(model_files, models) | _as_saved(models[0]["module"], models[0]["buffer_names"])
+
+
+def _frozen_parameters(files: Sequence[Path], models: Sequence[State]) -> dict[str, Weight]:
+    """ZeRO-3: parameters that the optimizer does not own are cut like the others, but saved one by one."""
+    found = {}
+    for name, shape in (models[0]["frozen_param_shapes"] or {}).items():
+        slices = []
+        for rank, (path, model) in enumerate(zip(files, models, strict=True)):
+            share = model["frozen_param_fragments"][name].reshape(-1)
+            used = used_numel(math.prod(shape), len(models), rank)
+            if share.numel() < used:
+                raise ConversionError(
+                    f"{path}: {name} has {share.numel()} elements where it needs {used}; copy it again."
+                )
+            slices.append(share[:used])
+        found[name] = _gathered(name, shape, slices)
+    return found
+
+
+def _as_saved(module: State, names: Sequence[str]) -> dict[str, Weight]:
+    """Tensors that the model states hold whole: buffers, and below ZeRO-3 frozen parameters too."""
+    return {name: _gathered(name, module[name].shape, [module[name].detach().reshape(-1)]) for name in names}
+
+
+def _in_model_order(path: Path, model: State, found: dict[str, Weight]) -> list[Weight]:
+    """Sort by the model's state dict, give each tied name the weight it shares, and make sure that no key is left."""
+    shared: dict[str, str] = model.get("shared_params") or {}
+    weights = []
+    for name in model["module"]:
+        stored = shared.get(name, name)
+        if stored not in found:
+            raise ConversionError(f"{path}: no shard holds {name}; this checkpoint is not complete, take another one.")
+        weights.append(found[stored]._replace(name=name))
+    if left_over := set(found) - {weight.name for weight in weights}:
+        raise ConversionError(f"{path}: does not list {sorted(left_over)[0]}; this is not the model of these shards.")
+    return weights
+
+
+def _gathered(name: str, shape: Sequence[int], slices: list[torch.Tensor]) -> Weight:
+    dtype = slices[0].dtype if slices else torch.float32
+    return Weight(name, tuple(shape), dtype, partial(_gather, tuple(shape), dtype, slices))
+
+
+def _gather(shape: tuple[int, ...], dtype: torch.dtype, slices: list[torch.Tensor]) -> torch.Tensor:
+    if len(slices) == 1:
+        return slices[0].view(shape)
+    return torch.cat(slices).view(shape) if slices else torch.empty(shape, dtype=dtype)
+
+
+def _partitions(path: Path, state: State, key: str) -> list[torch.Tensor]:
+    partitions = [part.detach() for part in state[key]]
+    for part in partitions:
+        if part.dtype != torch.float32 or part.ndim != 1:
+            raise ConversionError(
+                f"{path}: {key} holds a {part.ndim}-dimensional tensor of {part.dtype}; "
+                "only flat partitions with fp32 master weights can be converted."
+            )
+    return partitions
+
+
+def _alignment_paddings(state: State, group: int, num_parameters: int) -> list[int]:
+    """Elements left free after each parameter (`parameter_alignment` of DeepSpeed's configuration)."""
+    paddings = state.get("param_alignment_paddings")
+    return [0] * num_parameters if paddings is None else list(paddings[group])
+
+
+def _check_same_run(files: Sequence[Path], states: Sequence[State], world_size: int) -> None:
+    steps = [_optimizer_step(state) for state in states]
+    for path, state, step in zip(files, states, steps, strict=True):
+        saved = _field(path, state, "partition_count")
+        count = max(saved) if isinstance(saved, list) else saved
+        if count != world_size:
+            raise ConversionError(
+                f"{path}: saved by a run of world size {count}, the checkpoint by one of {world_size}; "
+                "copy the shards of one save only."
+            )
+        if None not in (step, steps[0]) and step != steps[0]:
+            raise ConversionError(
+                f"{path}: optimizer step {step}, but {files[0].name} has {steps[0]}; copy the shards of one save only."
+            )
+
+
+def _optimizer_step(state: State) -> int | None:
+    """Updates that the wrapped Adam has made; None where its state has another form or tells none."""
+    base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+    moments = base.get("state") if isinstance(base, dict) else None
+    steps = {int(entry["step"]) for entry in (moments or {}).values() if "step" in entry}
+    return max(steps) if steps else None
+
+
+def _check_model_states(files: Sequence[Path], models: Sequence[State]) -> None:
+    for path, model in zip(files, models, strict=True):
+        for key in ("param_shapes", "global_steps", "frozen_param_shapes", "buffer_names"):
+            if _field(path, model, key) != models[0][key]:
+                raise ConversionError(
+                    f"{path}: {key} differs from that of {files[0].name}; copy the shards of one save only."
+                )
+
+
+def _check_addresses(files: Sequence[Path], states: Sequence[State], group: int, cut: dict[str, list[Piece]]) -> None:
+    """Compare our cuts of each rank's partition with those DeepSpeed wrote down: tells a shard of another rank."""
+    for rank, (path, state) in enumerate(zip(files, states, strict=True)):
+        noted = _field(path, state, "param_slice_mappings")[group]
+        saved = {(name, address.start, address.start + address.numel) for name, address in noted.items()}
+        computed = {
+            (name, piece.start, piece.stop) for name, where in cut.items() for piece in where if piece.part == rank
+        }
+        if saved != computed:
+            raise ConversionError(
+                f"{path}: {min(saved ^ computed)[0]} lies elsewhere in this shard than rank {rank} has it; "
+                "copy each shard again under its own name."
+            )
+
+
+def _field(path: Path, state: State, key: str) -> Any:
+    if key not in state:
+        raise ConversionError(f"{path}: has no {key}; this is not a file of a ZeRO checkpoint of DeepSpeed 0.19.")
+    return state[key]

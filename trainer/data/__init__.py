@@ -1,0 +1,1 @@
+"""What a batch is: audio files, their index, length batches, masks and loaders."""

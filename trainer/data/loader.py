@@ -1,0 +1,158 @@
+"""Batches decoded in worker processes, ahead of the update that needs them."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from trainer.data.audio import AudioError, decode, normalise
+from trainer.data.batching import Batching, BatchSpec, Cursor, windows
+from trainer.data.collate import Batch, MaskSettings, collate
+from trainer.data.frames import FrameGeometry
+from trainer.data.index import AudioIndex, DataError, Skipped
+from trainer.data.masking import utterance_rng
+from trainer.data.workers import init_worker, signals_blocked, start_fork_server
+
+_CROP_PURPOSE = 1  # masks draw from purpose 0, see collate.py
+_MAX_REPLACEMENTS = 100
+
+
+class UtteranceDataset(Dataset[Batch]):
+    """``dataset[spec]`` decodes, crops and masks the utterances of one ``BatchSpec``."""
+
+    def __init__(
+        self, index: AudioIndex, geometry: FrameGeometry, mask_settings: MaskSettings, seed: int, random_crop: bool
+    ) -> None:
+        """Crops start anywhere, by (seed, epoch, utterance), with ``random_crop``; otherwise they are the middle."""
+        self.index = index
+        self.geometry = geometry
+        self.mask_settings = mask_settings
+        self.seed = seed
+        self.random_crop = random_crop
+
+    def __getitem__(self, spec: BatchSpec) -> Batch:
+        """Decode one batch.
+
+        An utterance that cannot be decoded is left out and listed in ``skipped``. If none can, the next utterance of
+        the index that is long enough stands in for them.
+
+        Raises:
+            DataError: nor can any of the 100 utterances after the first one.
+        """
+        skipped: list[Skipped] = []
+        decoded = self._decode_rows(spec, spec.rows, skipped)
+        if not decoded:
+            attempts = (self._decode_rows(spec, (row,), skipped) for row in self._replacements(spec))
+            decoded = next(filter(None, attempts), {})
+        if not decoded:
+            raise DataError(
+                f"dataset_name ({self.index.root}) must hold audio that can be decoded; {len(skipped)} files in a row "
+                f"cannot. Last: {skipped[-1].path} ({skipped[-1].reason})."
+            )
+        utterances = [int(self.index.ids[row]) for row in decoded]
+        batch = collate(list(decoded.values()), utterances, spec.epoch, self.seed, self.geometry, self.mask_settings)
+        return batch._replace(skipped=tuple(skipped))
+
+    def _decode_rows(
+        self, spec: BatchSpec, rows: tuple[int, ...], skipped: list[Skipped]
+    ) -> dict[int, npt.NDArray[np.float32]]:
+        """Waveform of each row that decodes; the others are appended to ``skipped``."""
+        decoded = {}
+        for row in rows:
+            path = self.index.path(row)
+            try:
+                waveform = decode(path, self._crop_start(spec, row), spec.num_samples)
+            except AudioError as error:
+                skipped.append(Skipped(path, error.reason))
+            else:
+                decoded[row] = normalise(waveform)
+        return decoded
+
+    def _crop_start(self, spec: BatchSpec, row: int) -> int:
+        room = int(self.index.num_samples[row]) - spec.num_samples
+        if not self.random_crop:
+            return room // 2
+        rng = utterance_rng(self.seed, spec.epoch, int(self.index.ids[row]), _CROP_PURPOSE)
+        return int(rng.integers(0, room + 1))
+
+    def _replacements(self, spec: BatchSpec) -> Iterator[int]:
+        following = (np.arange(len(self.index)) + spec.rows[0]) % len(self.index)
+        long_enough = following[self.index.num_samples[following] >= spec.num_samples]
+        tried = set(spec.rows)
+        return itertools.islice((row for row in long_enough.tolist() if row not in tried), _MAX_REPLACEMENTS)
+
+
+class Window(NamedTuple):
+    """One rank's micro-batches of one update, and where the stream goes on after it."""
+
+    batches: list[Batch]
+    next_cursor: Cursor
+
+
+def training_windows(
+    dataset: UtteranceDataset,
+    batching: Batching,
+    cursor: Cursor,
+    rank: int,
+    world_size: int,
+    accumulation_steps: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> Iterator[Window]:
+    """Endless stream of this rank's windows from ``cursor`` on, see ``batching.windows``.
+
+    Workers decode ahead across the borders of windows and epochs; what they deliver, and in which order, does not
+    depend on ``num_workers`` (0 decodes in this process). Close the generator to stop them.
+
+    Raises:
+        DataError: from ``UtteranceDataset``; raised in a worker it arrives here under the same type.
+    """
+    stream = windows(batching, cursor, rank, world_size, accumulation_steps)
+    ahead, current = itertools.tee(stream)  # the workers run ahead of the window put together here
+    specs = itertools.chain.from_iterable(window.specs for window in ahead)
+    batches = _load(dataset, specs, num_workers, pin_memory)
+    for window in current:
+        yield Window(list(itertools.islice(batches, accumulation_steps)), window.next_cursor)
+
+
+def validation_loader(
+    dataset: UtteranceDataset, sharded_specs: list[tuple[BatchSpec, bool]], num_workers: int, pin_memory: bool
+) -> Iterator[tuple[Batch, bool]]:
+    """This rank's validation batches, each with whether it counts, see ``batching.shard_validation``."""
+    batches = _load(dataset, (spec for spec, _ in sharded_specs), num_workers, pin_memory)
+    return zip(batches, (counts for _, counts in sharded_specs), strict=True)
+
+
+def _load(dataset: UtteranceDataset, specs: Iterable[BatchSpec], num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    loader = DataLoader(
+        dataset,
+        sampler=specs,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_identity,
+        worker_init_fn=init_worker,
+        generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global generator
+        multiprocessing_context="forkserver" if num_workers else None,
+    )
+    if num_workers:
+        start_fork_server(preload=__name__)
+    with signals_blocked():  # workers start here
+        batches = iter(loader)
+    try:
+        yield from map(_own, batches)
+    except DataError as error:  # a worker's arrives with its whole traceback as the message
+        raise DataError(str(error).strip().rsplit(f"{DataError.__name__}: ", 1)[-1]) from None
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+def _own(batch: Batch) -> Batch:
+    """A copy of tensors that a worker shares: each keeps a file open, and a long window would run out of them."""
+    return Batch._make(x.clone() if isinstance(x, torch.Tensor) and x.is_shared() else x for x in batch)
