@@ -50,7 +50,7 @@ check_tools() {
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         stop "$python has no venv module; install it (Debian package: python3-venv)"
     command -v g++ >/dev/null ||
-        stop "g++ is missing, which compiles DeepSpeed's extensions; install it (Debian package: g++)"
+        echo "g++ is missing (Debian package: g++); all works but DeepSpeed's CPU offload, which compiles an extension" >&2
 }
 
 make_venv() {
@@ -78,31 +78,6 @@ install() { # EXTRA ...
         --editable "$root${extras:+[$extras]}" --constraint "$root/constraints.txt"
 }
 
-# Ranks on CPUs share memory through an extension that takes about a minute to compile: pay for it here, not in the first
-# run. A failure is only a warning, since machines with GPUs do not need it.
-build_extension() {
-    local output
-    # shellcheck source=launch/env.sh
-    . "$root/launch/env.sh"
-    mkdir -p "$TORCH_EXTENSIONS_DIR"
-    exec 8>>"$TORCH_EXTENSIONS_DIR/.lock"
-    if command -v flock >/dev/null; then flock 8; fi
-    # Left behind by a build that was stopped; torch would wait for it forever.
-    rm -f "$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm/lock"
-    echo "Making sure that DeepSpeed's communication between CPU ranks is compiled; the first time this takes a minute."
-    if ! output=$("$venv/bin/python" - 2>&1 <<'PYTHON'
-import sys, torch
-if not torch.cuda.is_available() and sys.platform == "linux":
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-    ShareMemCommBuilder().load(verbose=False)
-PYTHON
-    ); then
-        echo "warning: it was not compiled, and training on CPUs will fail or compile it again; GPUs do not need it. The cause:" >&2
-        { grep -m 1 'error:' <<<"$output" || tail -n 1 <<<"$output"; } >&2
-    fi
-    exec 8>&-
-}
-
 if up_to_date "$@"; then exit 0; fi
 check_tools
 mkdir -p "$venv"
@@ -115,6 +90,5 @@ mapfile -t extras < <(printf '%s\n' "${extras[@]}" | sort -u | sed '/^$/d')
 rm -f "$stamp"
 make_venv
 install "${extras[@]}"
-build_extension
 printf '%s\n%s\n' "$(fingerprint)" "${extras[*]}" >"$stamp.new"
 mv "$stamp.new" "$stamp"

@@ -24,10 +24,16 @@ class Ignored:
         pass
 
 
+def _enum_member(*_: object) -> Ignored:
+    """Stand-in for `getattr`, by which Python 3.11 up to 3.11.3 pickles an enum member; nothing is looked up."""
+    return Ignored()
+
+
 # Everything beyond tensors and plain containers that ZeRO-1, 2 and 3 save with DeepSpeed 0.19.8.
 STAND_INS = [
     (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
     (Ignored, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_enum_member, "builtins.getattr"),
     (Ignored, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (Ignored, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
 ]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -76,8 +76,11 @@ class Engine:
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum of a tensor over all ranks, on all ranks."""
-        result: Tensor = self.accelerator.reduce(values.clone(), reduction="sum")
-        return result
+        total = values.clone()
+        if self.world_size > 1:
+            # not accelerate's `reduce`, which returns its input where it does not recognise the process group
+            torch.distributed.all_reduce(total)
+        return total
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -140,7 +143,7 @@ class Engine:
             self.model.load_checkpoint(str(folder), tag=DEEPSPEED_FOLDER)
         else:
             self.accelerator.unwrap_model(self.model).load_state_dict(load_file(folder / PLAIN_MODEL_FILE))
-            state = torch.load(folder / PLAIN_OPTIMIZER_FILE, map_location=self.device, weights_only=True)
+            state = torch.load(folder / PLAIN_OPTIMIZER_FILE, map_location="cpu", weights_only=True)
             self.optimizer.load_state_dict(state)
 
     def peak_memory_bytes(self) -> int:
@@ -186,16 +189,21 @@ def build_engine(
     _complete_environment()
     if ds_config is not None:
         use_extensions_folder(os.environ)
+        _leave_out_shared_memory_op()
     backend = "nccl" if torch.cuda.is_available() else "gloo"  # accelerate finds no backend for DeepSpeed on CPUs
     accelerator = Accelerator(
         # accelerate would divide plain losses by this number; DeepSpeed's own division is turned off in `backward`
         gradient_accumulation_steps=1 if ds_config is None else ds_config["gradient_accumulation_steps"],
         mixed_precision="bf16" if bf16 else "no",
+        # on CPUs accelerate finds plain ranks only with `cpu`, and DeepSpeed only without
+        cpu=ds_config is None and not torch.cuda.is_available(),
         deepspeed_plugin=None if ds_config is None else DeepSpeedPlugin(hf_ds_config=ds_config),
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)],
         log_with=log_with,
         project_dir=str(project_folder),
     )
+    if ds_config is None and launched_ranks() > 1 and accelerator.distributed_type == DistributedType.NO:
+        raise RuntimeError(f"accelerate did not join the {launched_ranks()} launched ranks into a process group")
     model.train()
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     return Engine(accelerator, prepared_model, prepared_optimizer, max_grad_norm, uses_deepspeed=ds_config is not None)
@@ -210,6 +218,16 @@ def _complete_environment() -> None:
         port = probe.getsockname()[1]
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(defaults)
+
+
+def _leave_out_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling an extension for CPU ranks that only its inference uses (seen in 0.19.8).
+
+    It takes a minute, needs Python's headers, and a rank that dies meanwhile leaves a lock that later runs wait for.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _quieten() -> None:

@@ -1,4 +1,5 @@
 import itertools
+import multiprocessing
 import pickle
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def test_a_batch_of_failures_takes_the_next_row_that_is_long_enough(index: Audio
     assert {entry.path for entry in batch.skipped} == {index.path(row) for row in spoilt}
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_nothing_decodes(index: AudioIndex, num_workers: int) -> None:
     for row in range(len(index)):
         Path(index.path(row)).write_text("spoilt")
@@ -124,6 +125,7 @@ def test_nothing_decodes(index: AudioIndex, num_workers: int) -> None:
     assert str(error.value).startswith(f"dataset_name ({index.root}) must hold audio that can be decoded; ")
     assert str(error.value).endswith("(unreadable).")
     assert "\n" not in str(error.value)
+    assert multiprocessing.active_children() == []
 
 
 def test_at_most_100_replacements(index: AudioIndex) -> None:
