@@ -8,6 +8,7 @@ LOCK_FILE = ".lock"
 
 STEP_PREFIX = "step-"
 UNFINISHED_PREFIX = ".unfinished-"
+SUPERSEDED_PREFIX = "superseded-"
 MANIFEST_FILE = "manifest.json"
 TRAINER_STATE_FILE = "trainer_state.json"
 DEEPSPEED_FOLDER = "deepspeed"

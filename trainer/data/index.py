@@ -68,7 +68,7 @@ class AudioIndex:
         return AudioIndex(self.root, self.paths.take(pa.array(rows)), self.num_samples[rows], self.ids[rows])
 
 
-def build_index(folder: str, cache_dir: str, progress: bool) -> tuple[AudioIndex, list[Skipped]]:
+def build_index(folder: str, cache_dir: str, progress: bool, rebuild: bool = False) -> tuple[AudioIndex, list[Skipped]]:
     """List the audio files under ``folder`` with their lengths, from the cache where no file has changed.
 
     The cache is ``cache_dir/<hash of the absolute folder path>.parquet``. It is used again while the relative path,
@@ -78,6 +78,7 @@ def build_index(folder: str, cache_dir: str, progress: bool) -> tuple[AudioIndex
         folder: searched at any depth, see ``find_audio_files``.
         cache_dir: created if missing.
         progress: show a progress bar on standard error while headers are read.
+        rebuild: read the headers again even where no file has changed.
 
     Returns:
         The index, sorted by path, and the files whose header could not be used.
@@ -93,7 +94,7 @@ def build_index(folder: str, cache_dir: str, progress: bool) -> tuple[AudioIndex
         raise DataError(f"dataset_name ({folder}) must hold audio files (wav, flac, ogg, mp3, ...); none was found.")
     cache = Path(cache_dir) / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.parquet"
     fingerprint = _fingerprint(root, files)
-    table = _read_cache(cache, fingerprint)
+    table = None if rebuild else _read_cache(cache, fingerprint)
     if table is None:
         table = _read_headers(root, files, progress)
         _write_cache(table, cache, fingerprint)

@@ -14,6 +14,7 @@ from trainer.layout import (
     CHECKPOINTS_FOLDER,
     MANIFEST_FILE,
     STEP_PREFIX,
+    SUPERSEDED_PREFIX,
     TRAINER_STATE_FILE,
     UNFINISHED_PREFIX,
     step_folder_name,
@@ -108,6 +109,20 @@ def prune(run_folder: Path, keep: int) -> None:
     for folder in list_checkpoints(run_folder)[:-keep]:
         (folder / MANIFEST_FILE).unlink()
         shutil.rmtree(folder)
+
+
+def set_aside(run_folder: Path, resumed_step: int) -> None:
+    """Clear the way for a resumed run: unfinished saves go, checkpoints of later updates are renamed `superseded-...`.
+
+    Left in place, a later one would be taken for the newest when the run is resumed again.
+    """
+    for folder in (run_folder / CHECKPOINTS_FOLDER).glob(f"{UNFINISHED_PREFIX}*"):
+        shutil.rmtree(folder)
+    for folder in list_checkpoints(run_folder):
+        if folder.name > step_folder_name(resumed_step):
+            superseded = folder.with_name(SUPERSEDED_PREFIX + folder.name)
+            shutil.rmtree(superseded, ignore_errors=True)
+            folder.rename(superseded)
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:

@@ -60,7 +60,7 @@ def open_corpus(arguments: PretrainArguments, geometry: FrameGeometry, progress:
 def _open_folder(folder: str, arguments: PretrainArguments, progress: bool) -> tuple[AudioIndex, list[Skipped]]:
     cache = index_cache_folder(arguments)
     with _one_process_at_a_time(cache):
-        return build_index(folder, cache, progress=progress)
+        return build_index(folder, cache, progress, rebuild=arguments.overwrite_cache)
 
 
 @contextlib.contextmanager

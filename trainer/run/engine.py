@@ -232,6 +232,8 @@ def _leave_out_shared_memory_op() -> None:
 
 def _quieten() -> None:
     """Keep DeepSpeed's start-up log, dozens of lines per rank, from burying the run's own."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find, without a warning per rank
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|accelerate)\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|accelerate|torch\.distributed)\..*")

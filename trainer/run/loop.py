@@ -22,7 +22,7 @@ from trainer.model.optim import build_optimizer
 from trainer.model.pretraining import build_model
 from trainer.model.schedules import gumbel_temperature, learning_rate
 from trainer.model.sizes import load_model_config
-from trainer.run.checkpoint import TrainerState, read_state, save_checkpoint
+from trainer.run.checkpoint import TrainerState, read_state, save_checkpoint, set_aside
 from trainer.run.corpus import (
     Corpus,
     SkippedLog,
@@ -38,7 +38,13 @@ from trainer.run.evaluation import evaluate
 from trainer.run.guard import Guard
 from trainer.run.metrics import Totals, append_line, drop_lines_after, means
 from trainer.run.progress import Progress
-from trainer.run.run_folder import check_model_matches, check_resumable, lock_run_folder, open_run_folder
+from trainer.run.run_folder import (
+    changed_settings,
+    check_model_matches,
+    check_resumable,
+    lock_run_folder,
+    open_run_folder,
+)
 from trainer.run.signals import StopRequest
 from trainer.run.steps import audio_seconds, dropped_layers, forward, seed_micro_batch
 from trainer.run.trackers import check_tracker, start_tracker, track
@@ -263,6 +269,9 @@ def build(arguments: PretrainArguments) -> Run | None:
         if engine.is_main and state.totals:
             totals.values.copy_(torch.tensor(state.totals, dtype=totals.values.dtype))
     if engine.is_main:
+        if checkpoint is not None and (changes := changed_settings(folder, arguments)):
+            say("settings changed since the last start: " + "; ".join(changes))
+        set_aside(folder, state.step)
         (folder / CONFIG_FILE).write_text(dump_recipe(arguments), encoding="utf-8")
         drop_lines_after(folder / METRICS_FILE, state.step)
     engine.barrier()

@@ -7,9 +7,10 @@ import socket
 from io import TextIOWrapper
 from pathlib import Path
 
+import yaml
 from transformers import Wav2Vec2Config
 
-from trainer.arguments import PretrainArguments
+from trainer.arguments import PretrainArguments, dump_recipe
 from trainer.errors import UserError
 from trainer.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, LOCK_FILE, METRICS_FILE
 from trainer.run.checkpoint import TrainerState, find_checkpoint
@@ -25,7 +26,8 @@ def open_run_folder(arguments: PretrainArguments) -> tuple[Path, Path | None]:
     """
     assert arguments.output_dir is not None  # the arguments' own rule
     folder = Path(arguments.output_dir)
-    if arguments.resume is None and any((folder / trace).exists() for trace in _TRACES):
+    holds_a_run = any((folder / trace).exists() for trace in _TRACES)
+    if arguments.resume is None and holds_a_run:
         raise UserError(
             f"output_dir ({folder}) holds another run; continue it with --resume latest or choose another folder."
         )
@@ -34,7 +36,23 @@ def open_run_folder(arguments: PretrainArguments) -> tuple[Path, Path | None]:
     except OSError as error:
         raise UserError(f"output_dir ({folder}) cannot be created: {error.strerror}; choose another folder.") from error
     checkpoint = None if arguments.resume is None else find_checkpoint(folder, arguments.resume)
+    if checkpoint is not None and holds_a_run and folder.resolve() not in checkpoint.resolve().parents:
+        raise UserError(
+            f"output_dir ({folder}) holds another run than the checkpoint ({checkpoint}); name that run's folder, "
+            "or a new one."
+        )
     return folder, checkpoint
+
+
+def changed_settings(folder: Path, arguments: PretrainArguments) -> list[str]:
+    """`name: before -> now` for each setting that differs from the ones the run was last started with."""
+    try:
+        before = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return []
+    now = yaml.safe_load(dump_recipe(arguments))
+    names = sorted(set(before) | set(now))
+    return [f"{name}: {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]
 
 
 def lock_run_folder(folder: Path) -> TextIOWrapper:
