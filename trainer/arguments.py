@@ -42,6 +42,7 @@ class Rule:
 
 POSITIVE = Rule(lambda value: value > 0, "greater than 0")
 AT_LEAST_ZERO = Rule(lambda value: value >= 0, "0 or more")
+A_FEW_FRAMES = Rule(lambda value: value >= 0.1, "at least 0.1, or there are no frames to tell apart")
 FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 DECAY = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 PERCENTAGE = Rule(lambda value: 0 <= value < 100, "a percentage from 0 to 99")
@@ -72,7 +73,7 @@ class PretrainArguments:
         group="data", rule=PERCENTAGE,
     )  # fmt: skip
     max_duration_in_seconds: float = flag(
-        5.0, "Longer utterances are cropped to this length, at a random place.", group="data", rule=POSITIVE
+        5.0, "Longer utterances are cropped to this length, at a random place.", group="data", rule=A_FEW_FRAMES
     )
     min_duration_in_seconds: float = flag(3.0, "Shorter utterances are left out.", group="data", rule=AT_LEAST_ZERO)
     per_device_train_batch_size: int = flag(
@@ -83,7 +84,7 @@ class PretrainArguments:
     )
     max_batch_seconds: float | None = flag(
         None, "Most seconds of audio in a micro-batch of one device. Not set: the batch size decides alone.",
-        group="data", rule=POSITIVE,
+        group="data", rule=A_FEW_FRAMES,
     )  # fmt: skip
     num_workers: int = flag(2, "Processes per device that decode audio; 0 decodes in the training process.",
                             group="data", rule=AT_LEAST_ZERO)  # fmt: skip

@@ -61,7 +61,7 @@ def _pretrain(words: list[str]) -> int:
     except HelpRequested as requested:
         print(requested, end="")
         return EXIT_DONE
-    from trainer.run.loop import pretrain
+    from trainer.run.build import pretrain
 
     return pretrain(arguments)
 

@@ -136,7 +136,7 @@ def check_destination(out: Path, checkpoint: Path, *, overwrite: bool) -> None:
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:
-        raise ConversionError(f"out ({out}) is not empty; choose another folder or ask to overwrite it.")
+        raise ConversionError(f"out ({out}) is not empty; choose another folder or add --overwrite.")
     if not (out / "config.json").is_file():
         raise ConversionError(
             f"out ({out}) is not a model folder (no config.json), so it is not overwritten; choose another."

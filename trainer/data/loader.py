@@ -1,7 +1,7 @@
 """Batches decoded in worker processes, ahead of the update that needs them."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,7 +102,7 @@ def training_windows(
     accumulation_steps: int,
     num_workers: int,
     pin_memory: bool,
-) -> Iterator[Window]:
+) -> Generator[Window, None, None]:
     """Endless stream of this rank's windows from ``cursor`` on, see ``batching.windows``.
 
     Workers decode ahead across the borders of windows and epochs; what they deliver, and in which order, does not

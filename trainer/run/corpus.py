@@ -5,7 +5,7 @@ import fcntl
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,7 +115,7 @@ def training_stream(
     rank: int,
     world_size: int,
     pin_memory: bool,
-) -> Iterator[Window]:
+) -> Generator[Window, None, None]:
     """This rank's endless stream of windows from `cursor` on."""
     return training_windows(
         UtteranceDataset(index, geometry, masks, arguments.seed, random_crop=True),

@@ -46,6 +46,7 @@ class Engine:
     optimizer: Any
     max_grad_norm: float
     uses_deepspeed: bool
+    num_parameters: int
 
     @property
     def rank(self) -> int:
@@ -204,9 +205,17 @@ def build_engine(
     )
     if ds_config is None and launched_ranks() > 1 and accelerator.distributed_type == DistributedType.NO:
         raise RuntimeError(f"accelerate did not join the {launched_ranks()} launched ranks into a process group")
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())  # ZeRO-3 leaves empty ones behind
     model.train()
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
-    return Engine(accelerator, prepared_model, prepared_optimizer, max_grad_norm, uses_deepspeed=ds_config is not None)
+    return Engine(
+        accelerator,
+        prepared_model,
+        prepared_optimizer,
+        max_grad_norm,
+        uses_deepspeed=ds_config is not None,
+        num_parameters=num_parameters,
+    )
 
 
 def _complete_environment() -> None:
@@ -236,4 +245,5 @@ def _quieten() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find, without a warning per rank
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")  # once per epoch
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|accelerate|torch\.distributed)\..*")

@@ -1,0 +1,131 @@
+"""Metrics, random numbers of a micro-batch, the guard, signals, progress, trackers, the list of skipped files."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.data.index import Skipped
+from trainer.errors import RunWentBad, UserError
+from trainer.model.pretraining import LossTerms
+from trainer.run.corpus import SkippedLog
+from trainer.run.guard import MAX_SKIPPED_IN_A_ROW, Guard
+from trainer.run.metrics import Totals, append_line, drop_lines_after, means
+from trainer.run.progress import Progress
+from trainer.run.signals import StopRequest
+from trainer.run.steps import dropped_layers, seed_micro_batch
+from trainer.run.trackers import _wandb_reachable, check_tracker
+
+
+def _terms(scale: float, count: float) -> LossTerms:
+    values = dict.fromkeys(LossTerms._fields, scale * count)
+    return LossTerms(**{name: torch.tensor(v) for name, v in {**values, "num_targets": count}.items()})
+
+
+def test_means_weigh_micro_batches_by_their_targets() -> None:
+    totals = Totals(torch.device("cpu"))
+    totals.add(_terms(1.0, 10), audio_seconds=2.0)
+    totals.add(_terms(4.0, 30), audio_seconds=3.0)
+    line = means(totals.values)
+    assert line["loss"] == line["accuracy"] == pytest.approx((10 + 120) / 40)
+    assert line["num_targets"] == 40 and line["audio_seconds"] == 5.0
+    totals.reset()
+    assert means(totals.values)["loss"] == 0.0  # nothing was added: no division by zero
+
+
+def test_lines_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2, 3):
+        append_line(path, {"step": step, "split": "train", "loss": math.nan if step == 1 else 1.0})
+    with path.open("a") as file:
+        file.write('{"step": 2, "spl')  # killed while writing
+    drop_lines_after(path, 2)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and lines[0]["loss"] is None
+    drop_lines_after(tmp_path / "missing.jsonl", 2)
+
+
+def test_noise_depends_on_the_place_in_the_window_only() -> None:
+    def noise(seed: int, step: int, position: int) -> float:
+        seed_micro_batch(seed, step, position)
+        return torch.rand(()).item()
+
+    assert noise(0, 5, 3) == noise(0, 5, 3)
+    assert len({noise(0, 5, 3), noise(1, 5, 3), noise(0, 6, 3), noise(0, 5, 4)}) == 4
+
+
+def test_layer_drop_is_drawn_at_its_rate_and_alike_everywhere() -> None:
+    draws = [dropped_layers(0, step, 0, num_layers=12, probability=0.1) for step in range(2000)]
+    assert draws[:50] == [dropped_layers(0, step, 0, num_layers=12, probability=0.1) for step in range(50)]
+    assert sum(map(len, draws)) / (2000 * 12) == pytest.approx(0.1, abs=0.01)
+    assert dropped_layers(0, 1, 0, num_layers=12, probability=0.0) == ()
+
+
+def test_the_guard_ends_a_run_of_bad_updates() -> None:
+    guard = Guard()
+    for step in range(MAX_SKIPPED_IN_A_ROW - 1):
+        guard.watch(step, skipped=True)
+    guard.watch(100, skipped=False)  # one good update starts the count again
+    for step in range(MAX_SKIPPED_IN_A_ROW - 1):
+        guard.watch(step, skipped=True)
+    with pytest.raises(RunWentBad, match="not finite"):
+        guard.watch(200, skipped=True)
+
+
+def test_first_signal_is_noted_second_ends_the_process() -> None:
+    code = (
+        "import os, signal; from trainer.run.signals import StopRequest\n"
+        "stop = StopRequest(); stop.install()\n"
+        "os.kill(os.getpid(), signal.SIGUSR1); print(stop.requested, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM); print('still here')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout == "True\n" and result.returncode == 128 + signal.SIGTERM
+    assert StopRequest().requested is False
+
+
+def test_without_a_terminal_each_line_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    line = {
+        "step": 5, "split": "train", "loss": 4.5, "contrastive_loss": 4.4, "accuracy": 0.1, "code_perplexity": 9.0,
+        "grad_norm": 1.25, "audio_seconds_per_second": 80.0,
+    }  # fmt: skip
+    Progress(0, 10, visible=True).show(line)
+    text = capsys.readouterr().err
+    for part in ("5/10", "loss 4.5", "accuracy 0.1", "grad norm 1.25", "80.0 s audio/s", "left"):
+        assert part in text
+    Progress(0, 10, visible=False).show(line)
+    assert capsys.readouterr().err == ""
+
+
+def test_skipped_files_are_listed_once_across_ranks(tmp_path: Path) -> None:
+    first, second = SkippedLog(tmp_path / "skipped.tsv"), SkippedLog(tmp_path / "skipped.tsv")
+    first.add([Skipped("/a\tb\n.wav", "empty")])
+    second.add([Skipped("/a\tb\n.wav", "empty"), Skipped("/c.wav", "silent")])
+    first.add([Skipped("/c.wav", "silent")])
+    lines = (tmp_path / "skipped.tsv").read_text().splitlines()
+    assert lines == ["/a\\tb\\n.wav\tempty", "/c.wav\tsilent"]
+
+
+def test_wandb_is_offline_without_login_or_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        assert _wandb_reachable()
+    assert not _wandb_reachable()  # the server is gone
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_tracker("none")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        check_tracker("tensorboard")
+    assert os.environ["WANDB_MODE"] == "offline"

@@ -1,0 +1,214 @@
+"""From flags to a run that is ready to train; whatever the user can get wrong is found before ranks meet."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import torch
+from transformers import Wav2Vec2Config
+
+from trainer.arguments import PretrainArguments, dump_recipe
+from trainer.data.batching import epoch_batches
+from trainer.data.collate import MaskSettings
+from trainer.data.frames import FrameGeometry
+from trainer.errors import UserError
+from trainer.layout import CONFIG_FILE, METRICS_FILE, SKIPPED_FILE
+from trainer.model.optim import build_optimizer
+from trainer.model.pretraining import build_model
+from trainer.model.sizes import load_model_config
+from trainer.run.checkpoint import TrainerState, read_state, set_aside
+from trainer.run.corpus import Corpus, SkippedLog, batching_of, describe, open_corpus
+from trainer.run.ds_config import load_ds_config, resolve_ds_config
+from trainer.run.engine import Engine, build_engine, is_main_process, launched_ranks
+from trainer.run.loop import EXIT_DONE, Run
+from trainer.run.metrics import Totals, drop_lines_after
+from trainer.run.progress import Progress
+from trainer.run.run_folder import (
+    changed_settings,
+    check_model_matches,
+    check_resumable,
+    lock_run_folder,
+    open_run_folder,
+)
+from trainer.run.signals import StopRequest
+from trainer.run.trackers import check_tracker, start_tracker
+
+
+def pretrain(arguments: PretrainArguments) -> int:
+    """Train to `max_train_steps` or until asked to stop; returns the exit code. Raises `UserError`, `RunWentBad`."""
+    run = build(arguments)
+    if run is None:
+        return EXIT_DONE
+    try:
+        return run.train()
+    finally:
+        run.close()
+
+
+def build(arguments: PretrainArguments) -> Run | None:
+    """Put a run together, resumed where asked; None when `--preprocessing_only` is done. Raises `UserError`."""
+    check_tracker(arguments.report_to)
+    config = _model_config(arguments)
+    geometry = FrameGeometry(tuple(config.conv_kernel), tuple(config.conv_stride))
+    ds_config = _ds_config(arguments)
+    corpus = open_corpus(arguments, geometry, progress=is_main_process())
+    _say(describe(corpus))
+    if arguments.preprocessing_only:
+        return None
+
+    place = _open_place(arguments, config, ds_config)
+    stop = StopRequest()
+    stop.install()
+    engine = _build_engine(arguments, config, ds_config, place.folder)
+    totals = _restore(engine, place, arguments)
+    skipped = SkippedLog(place.folder / SKIPPED_FILE)
+    if engine.is_main:
+        skipped.add(corpus.skipped)
+    resumed = place.checkpoint is not None
+    start_tracker(engine, arguments.report_to, place.folder, dataclasses.asdict(arguments), resumed)
+    max_train_steps = _max_train_steps(arguments, corpus, engine.world_size)
+    _say(
+        f"training {engine.num_parameters / 1e6:.1f} M parameters on {engine.world_size} rank(s) of "
+        f"{engine.device.type}, {'bf16' if arguments.bf16 else 'fp32'}, "
+        f"{'plain PyTorch' if ds_config is None else f'DeepSpeed {arguments.deepspeed}'}, "
+        f"to update {max_train_steps:,}; run folder {place.folder}"
+    )
+    return Run(
+        arguments=arguments,
+        folder=place.folder,
+        config=config,
+        geometry=geometry,
+        masks=MaskSettings(config.mask_time_prob, config.mask_time_length, config.num_negatives),
+        corpus=corpus,
+        engine=engine,
+        state=place.state,
+        totals=totals,
+        progress=Progress(place.state.step, max_train_steps, visible=engine.is_main),
+        skipped=skipped,
+        stop=stop,
+        max_train_steps=max_train_steps,
+        lock=place.lock,
+    )
+
+
+@dataclasses.dataclass
+class _Place:
+    """Where a run lives and where it goes on from."""
+
+    folder: Path
+    lock: TextIO | None
+    checkpoint: Path | None
+    state: TrainerState
+
+
+def _open_place(arguments: PretrainArguments, config: Wav2Vec2Config, ds_config: dict[str, Any] | None) -> _Place:
+    """The run folder, held by the main rank, and the checkpoint to resume from, checked against this launch."""
+    folder, checkpoint = open_run_folder(arguments)
+    lock = lock_run_folder(folder) if is_main_process() else None
+    if checkpoint is None:
+        return _Place(folder, lock, None, TrainerState())
+    state = read_state(checkpoint)
+    check_model_matches(checkpoint, config)
+    check_resumable(state, checkpoint, launched_ranks(), "plain" if ds_config is None else "deepspeed")
+    return _Place(folder, lock, checkpoint, state)
+
+
+def _build_engine(
+    arguments: PretrainArguments, config: Wav2Vec2Config, ds_config: dict[str, Any] | None, folder: Path
+) -> Engine:
+    """Model and optimizer on the CPU, then the process group, then both handed over."""
+    model = build_model(
+        config,
+        seed=arguments.seed,
+        feature_penalty_weight=arguments.feature_penalty_weight,
+        feature_grad_mult=arguments.feature_grad_mult,
+    )
+    if arguments.gradient_checkpointing:
+        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = build_optimizer(
+        model,
+        learning_rate=arguments.learning_rate,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        epsilon=arguments.adam_epsilon,
+        weight_decay=arguments.weight_decay,
+    )
+    return build_engine(
+        model,
+        optimizer,
+        ds_config=ds_config,
+        bf16=arguments.bf16,
+        max_grad_norm=arguments.max_grad_norm,
+        log_with=None if arguments.report_to == "none" else arguments.report_to,
+        project_folder=folder,
+    )
+
+
+def _restore(engine: Engine, place: _Place, arguments: PretrainArguments) -> Totals:
+    """Load the checkpoint, clear away what came after it and write the settings; the sums of the running interval."""
+    totals = Totals(engine.device)
+    _check_same_checkpoint(engine, place)
+    if place.checkpoint is not None:
+        engine.load(place.checkpoint)
+        if engine.is_main and place.state.totals:
+            totals.values.copy_(torch.tensor(place.state.totals, dtype=totals.values.dtype))
+    if engine.is_main:
+        changes = [] if place.checkpoint is None else changed_settings(place.folder, arguments)
+        set_aside(place.folder, place.state.step)
+        (place.folder / CONFIG_FILE).write_text(dump_recipe(arguments), encoding="utf-8")
+        drop_lines_after(place.folder / METRICS_FILE, place.state.step)
+        if changes:
+            _say("settings changed since the last start: " + "; ".join(changes))
+    engine.barrier()
+    if place.checkpoint is not None:
+        _say(f"resuming from {place.checkpoint}")
+    place.state.world_size, place.state.engine = engine.world_size, engine.name
+    place.state.gradient_accumulation_steps = arguments.gradient_accumulation_steps
+    return totals
+
+
+def _check_same_checkpoint(engine: Engine, place: _Place) -> None:
+    """Raise `UserError` where ranks found different checkpoints, as they do when machines do not share the folder."""
+    step = place.state.step
+    steps = engine.sum_over_ranks(torch.tensor([step], dtype=torch.float64, device=engine.device)).item()
+    if steps != step * engine.world_size:
+        raise UserError(
+            f"output_dir ({place.folder}) does not look the same to all ranks: rank {engine.rank} found a checkpoint "
+            f"of update {step}, another rank did not; put it on a file system that all machines share."
+        )
+
+
+def _model_config(arguments: PretrainArguments) -> Wav2Vec2Config:
+    return load_model_config(
+        arguments.config_name or arguments.model_name_or_path or "base",
+        cache_dir=arguments.cache_dir,
+        mask_time_prob=arguments.mask_time_prob,
+        mask_time_length=arguments.mask_time_length,
+    )
+
+
+def _ds_config(arguments: PretrainArguments) -> dict[str, Any] | None:
+    if arguments.deepspeed is None:
+        return None
+    return resolve_ds_config(
+        load_ds_config(arguments.deepspeed),
+        source=arguments.deepspeed,
+        bf16=arguments.bf16,
+        max_grad_norm=arguments.max_grad_norm,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        micro_batch_size=arguments.per_device_train_batch_size,
+        world_size=launched_ranks(),
+    )
+
+
+def _max_train_steps(arguments: PretrainArguments, corpus: Corpus, world_size: int) -> int:
+    if arguments.max_train_steps is not None:
+        return arguments.max_train_steps
+    num_batches = len(epoch_batches(batching_of(arguments, corpus.train), 0)) * arguments.num_train_epochs
+    return -(-num_batches // (arguments.gradient_accumulation_steps * world_size))
+
+
+def _say(text: str) -> None:
+    """Tell the user, once and not once per rank."""
+    if is_main_process():
+        print(text, file=sys.stderr, flush=True)
