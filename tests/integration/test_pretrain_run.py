@@ -275,6 +275,23 @@ def test_one_process_in_bf16_with_wandb_offline(runs: Runs, tmp_path: Path) -> N
     assert [line["split"] for line in _metrics(out)][-1] == "validation"  # a share of the training data
 
 
+def test_one_rank_that_accumulates_equals_two(runs: Runs, tmp_path: Path) -> None:
+    """The same window in 1 x 4 micro-batches instead of 2 x 2: same gradients, noise and masks included."""
+    arguments = [
+        "pretrain", *FLAGS, f"--dataset_name={runs.data}", f"--output_dir={tmp_path / 'run'}", "--num_workers=0",
+        f"--validation_dataset_name={CORPUS / 'validation'}", f"--cache_dir={tmp_path / 'cache'}",
+        "--gradient_accumulation_steps=4",
+    ]  # fmt: skip
+    code = _run("python", arguments, tmp_path / "log")
+    assert code == 0, (tmp_path / "log").read_text(errors="replace")[-4000:]
+    pairs = list(zip(_metrics(tmp_path / "run"), _metrics(runs.undisturbed), strict=True))
+    for ours, theirs in pairs[:10]:
+        assert ours["num_targets"] == theirs["num_targets"]
+        for name in ("loss", "contrastive_loss", "code_perplexity"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
 def test_plain_pytorch_resumes_too(runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = [
@@ -287,8 +304,8 @@ def test_plain_pytorch_resumes_too(runs: Runs, tmp_path: Path) -> None:
     shutil.rmtree(out / "checkpoints" / "step-00000060")
     assert _run("torchrun", [*arguments, "--resume=latest"], tmp_path / "log") == 0
     assert _comparable(out) == whole
-    # the same data without DeepSpeed: the same losses, up to the order in which numbers are added
-    for ours, theirs in zip(whole, _comparable(runs.undisturbed), strict=False):
-        if ours["split"] == "train":
-            assert ours["contrastive_loss"] == pytest.approx(theirs["contrastive_loss"], rel=1e-4)
-            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    # the same data without DeepSpeed gives the same losses; later on rounding grows apart
+    assert [line["num_targets"] for line in whole] == [line["num_targets"] for line in _metrics(runs.undisturbed)]
+    for ours, theirs in zip(whole[:10], _metrics(runs.undisturbed)[:10], strict=True):
+        assert ours["contrastive_loss"] == pytest.approx(theirs["contrastive_loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)

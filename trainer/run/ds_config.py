@@ -159,9 +159,12 @@ def _unknown_keys(config: dict[str, Any]) -> Iterator[str]:
 def _zero_stage_problems(config: dict[str, Any]) -> Iterator[str]:
     zero = config.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
         shown = "not set" if stage is None else json.dumps(stage)
-        yield f"zero_optimization.stage ({shown}) must be 0, 1, 2 or 3; write one of them."
+        yield (
+            f"zero_optimization.stage ({shown}) must be 1, 2 or 3; write one of them, or leave --deepspeed out to "
+            "train without ZeRO."
+        )
     if isinstance(zero, dict) and stage == "auto":
         zero["stage"] = None  # Told once: it must not be listed among the left-over "auto" values as well.
 

@@ -55,6 +55,13 @@ def test_only_the_loss_carries_a_graph(batch: Batch) -> None:
     assert terms.num_targets.item() == batch.num_targets
 
 
+class _Through(torch.nn.Module):
+    """A layer that does nothing."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        return hidden_states
+
+
 def test_dropped_layers_are_skipped_and_get_zero_gradients(batch: Batch) -> None:
     model = _model().train()
     full, dropped = _terms(model, batch), _terms(model, batch, dropped=(1,))
@@ -64,8 +71,7 @@ def test_dropped_layers_are_skipped_and_get_zero_gradients(batch: Batch) -> None
         assert parameter.grad is not None, "None instead of zeros would let ranks reduce different parameters"
         assert bool(parameter.grad.any()) != name.startswith("1.") or "k_proj.bias" in name, name
     without_layer = _model().train()
-    without_layer.load_state_dict(model.state_dict())
-    del without_layer.wav2vec2.encoder.layers[1]
+    without_layer.wav2vec2.encoder.layers[1] = _Through()
     assert _terms(without_layer, batch).loss.item() == dropped.loss.item()
 
 
