@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from trainer.errors import RunWentBad, UserError
@@ -38,18 +39,39 @@ def main(command_line: Sequence[str] | None = None) -> int:
     try:
         return commands[words[0]](words[1:])
     except UserError as error:
-        return _complain(str(error), EXIT_USER_ERROR)
+        code = _complain(str(error), EXIT_USER_ERROR)
     except RunWentBad as error:
-        return _complain(str(error), EXIT_WENT_BAD)
+        code = _complain(str(error), EXIT_WENT_BAD)
     except KeyboardInterrupt:
-        return _complain("interrupted", EXIT_FAILED)
+        code = _complain("interrupted", EXIT_FAILED)
+    except Exception:
+        if not _ranks_have_met():
+            raise
+        traceback.print_exc()
+        code = EXIT_FAILED
+    if _ranks_have_met():
+        # leaving the process group the ordinary way can wait for ranks that wait for this one
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _ranks_have_met() -> bool:
+    """Whether this process is in a process group of several ranks."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_initialized():
+        return False
+    return bool(torch.distributed.get_world_size() > 1)
 
 
 def _complain(message: str, code: int) -> int:
-    """Print a message once, not once per rank."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    """Print a message once per machine, or once per rank where only some may have met with the error."""
+    rank = os.environ.get("RANK", "0")
+    if _ranks_have_met() or os.environ.get("LOCAL_RANK", "0") == "0":
+        prefix = "trainer: error: " if rank == "0" else f"trainer: error on rank {rank}: "
         for line in message.splitlines():
-            print(f"trainer: error: {line}", file=sys.stderr, flush=True)
+            print(prefix + line, file=sys.stderr, flush=True)
     return code
 
 

@@ -3,14 +3,16 @@
 import os
 from collections.abc import Mapping, Sequence
 
+from trainer.arguments import shipped_recipes
+
 HELP = """\
 usage: bash launch/pretrain_{recipe}.sh [DATA] [FLAG ...]
        deepspeed [--num_gpus N] launch/pretrain_{recipe}.sh [DATA] [FLAG ...]
 
 Pre-train with the recipe `{recipe}`. DATA and the flags win over these environment variables:
   DATA       audio to train on (--dataset_name)
-  OUTPUT     run folder (--output_dir), default runs/{recipe}
-  DS_CONFIG  DeepSpeed configuration (--deepspeed), default zero2
+  OUTPUT     run folder (--output_dir), default runs/NAME of the shipped recipe
+  DS_CONFIG  DeepSpeed configuration (--deepspeed), default the recipe's: zero2
   RECIPE     recipe (--config), default {recipe}
   NUM_RANKS  ranks on this machine, with `bash` only; default one per GPU
 
@@ -24,14 +26,25 @@ def pretrain_arguments(argv: Sequence[str], environ: Mapping[str, str], recipe: 
     given = [argument for argument in argv if not argument.startswith(("--local_rank=", "--local-rank="))]
     if given and not given[0].startswith("-"):
         given[:1] = ["--dataset_name", given[0]]
-    defaults = {
-        "--config": environ.get("RECIPE") or recipe,
-        "--output_dir": environ.get("OUTPUT") or f"runs/{recipe}",
-        "--deepspeed": environ.get("DS_CONFIG") or "zero2",
-    }
-    if data := environ.get("DATA"):
-        defaults["--dataset_name"] = data
+    defaults = {"--config": environ.get("RECIPE") or recipe}
+    chosen = _last_value("--config", given) or defaults["--config"]
+    if output := environ.get("OUTPUT") or (f"runs/{chosen}" if chosen in shipped_recipes() else None):
+        defaults["--output_dir"] = output  # a recipe of the user's own may name the folder itself
+    for variable, name in (("DS_CONFIG", "--deepspeed"), ("DATA", "--dataset_name")):
+        if value := environ.get(variable):
+            defaults[name] = value
     return ["pretrain", *(part for pair in defaults.items() for part in pair), *given]
+
+
+def _last_value(flag: str, arguments: Sequence[str]) -> str | None:
+    """Value of a flag given as `FLAG VALUE` or `FLAG=VALUE`, the last one; None where it is not given."""
+    value = None
+    for position, argument in enumerate(arguments):
+        if argument.startswith(f"{flag}="):
+            value = argument.partition("=")[2]
+        elif argument == flag and position + 1 < len(arguments):
+            value = arguments[position + 1]
+    return value
 
 
 def pretrain(recipe: str, argv: Sequence[str]) -> int:

@@ -50,6 +50,8 @@ def test_no_audio_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "none was found" in _complaint(capsys)
     assert _pretrain(data=tmp_path / "missing", out=str(tmp_path / "run")) == 2
     assert "existing folder" in _complaint(capsys)
+    assert _pretrain("--validation_dataset_name=/no/such", out=str(tmp_path / "run")) == 2
+    assert "validation_dataset_name (/no/such)" in _complaint(capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -107,10 +109,14 @@ def test_preprocessing_only_builds_the_index_and_nothing_else(
     assert not (tmp_path / "run").exists()
 
 
-def test_only_the_first_rank_complains(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+def test_each_machine_complains_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert main(["pretrain", "--nonsense=1"]) == 2
     assert capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["pretrain", "--nonsense=1"]) == 2
+    assert "error on rank 9: unknown flag --nonsense" in capsys.readouterr().err
 
 
 def test_exit_code_reaches_the_shell() -> None:

@@ -7,14 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from trainer.arguments import parse_arguments
 from trainer.launch import pretrain_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
-DEFAULTS = ["pretrain", "--config", "large", "--output_dir", "runs/large", "--deepspeed", "zero2"]
+DEFAULTS = ["pretrain", "--config", "large", "--output_dir", "runs/large"]
 
 
 def test_defaults() -> None:
     assert pretrain_arguments([], {}, "large") == DEFAULTS
+
+
+@pytest.mark.parametrize("recipe", ["base", "large"])
+def test_the_recipes_ask_for_zero2(recipe: str) -> None:
+    assert parse_arguments([*pretrain_arguments(["speech"], {}, recipe)[1:]]).deepspeed == "zero2"
 
 
 @pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
@@ -34,6 +40,13 @@ def test_environment_variables_become_flags() -> None:
     ]
 
 
+@pytest.mark.parametrize("given", [["--config", "my.yaml"], ["--config=my.yaml"]])
+def test_a_recipe_of_the_users_own_may_name_the_run_folder(given: list[str]) -> None:
+    assert "--output_dir" not in pretrain_arguments(given, {}, "large")
+    assert "--output_dir" not in pretrain_arguments([], {"RECIPE": "my.yaml"}, "large")
+    assert pretrain_arguments(["--config=base"], {}, "large")[3:5] == ["--output_dir", "runs/base"]
+
+
 def test_an_empty_variable_counts_as_not_set() -> None:
     assert pretrain_arguments([], {"DATA": "", "OUTPUT": "", "DS_CONFIG": "", "RECIPE": ""}, "large") == DEFAULTS
 
@@ -50,7 +63,7 @@ def test_both_languages_read_the_file(recipe: str, language: str, tmp_path: Path
     command = [language, str(ROOT / "launch" / f"pretrain_{recipe}.sh"), "--help"]
     environ = {name: value for name, value in os.environ.items() if name != "RANK"}
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
-    assert f"OUTPUT     run folder (--output_dir), default runs/{recipe}" in done.stdout
+    assert "OUTPUT     run folder (--output_dir), default runs/NAME" in done.stdout
     assert "--learning_rate" in done.stdout
     assert not list(tmp_path.iterdir())
 

@@ -68,7 +68,9 @@ class AudioIndex:
         return AudioIndex(self.root, self.paths.take(pa.array(rows)), self.num_samples[rows], self.ids[rows])
 
 
-def build_index(folder: str, cache_dir: str, progress: bool, rebuild: bool = False) -> tuple[AudioIndex, list[Skipped]]:
+def build_index(
+    folder: str, cache_dir: str, progress: bool, rebuild: bool = False, flag: str = "dataset_name"
+) -> tuple[AudioIndex, list[Skipped]]:
     """List the audio files under ``folder`` with their lengths, from the cache where no file has changed.
 
     The cache is ``cache_dir/<hash of the absolute folder path>.parquet``. It is used again while the relative path,
@@ -79,6 +81,7 @@ def build_index(folder: str, cache_dir: str, progress: bool, rebuild: bool = Fal
         cache_dir: created if missing.
         progress: show a progress bar on standard error while headers are read.
         rebuild: read the headers again even where no file has changed.
+        flag: the setting that named the folder, for error messages.
 
     Returns:
         The index, sorted by path, and the files whose header could not be used.
@@ -88,10 +91,10 @@ def build_index(folder: str, cache_dir: str, progress: bool, rebuild: bool = Fal
     """
     root = os.path.abspath(folder)
     if not os.path.isdir(root):
-        raise DataError(f"dataset_name ({folder}) must be an existing folder of audio files; check the path.")
+        raise DataError(f"{flag} ({folder}) must be an existing folder of audio files; check the path.")
     files = find_audio_files(root)
     if not files:
-        raise DataError(f"dataset_name ({folder}) must hold audio files (wav, flac, ogg, mp3, ...); none was found.")
+        raise DataError(f"{flag} ({folder}) must hold audio files (wav, flac, ogg, mp3, ...); none was found.")
     cache = Path(cache_dir) / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.parquet"
     fingerprint = _fingerprint(root, files)
     table = None if rebuild else _read_cache(cache, fingerprint)
@@ -106,7 +109,7 @@ def build_index(folder: str, cache_dir: str, progress: bool, rebuild: bool = Fal
     ]
     if len(usable) == 0:
         raise DataError(
-            f"dataset_name ({folder}) must hold audio files that can be read; all {len(files)} found cannot. "
+            f"{flag} ({folder}) must hold audio files that can be read; all {len(files)} found cannot. "
             f"First: {skipped[0].path} ({skipped[0].reason})."
         )
     paths = table["path"].combine_chunks().take(pa.array(usable))

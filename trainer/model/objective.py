@@ -36,7 +36,9 @@ def masked_perplexity(probs: Tensor, valid: Tensor) -> Tensor:
     weights = valid.to(probs.dtype)
     # sum() adds pairwise; as a matmul this was wrong in the fourth digit for 20,000 frames
     mean = (probs * weights[:, None, None]).sum(dim=0) / weights.sum().clamp(min=1)  # [G, V]
-    return torch.exp(-torch.xlogy(mean, mean).sum(dim=-1)).sum()
+    # the clamp changes no value (0 x log is 0 either way) but keeps the gradient of a codeword nobody chose finite
+    logarithm = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
+    return torch.exp(-(mean * logarithm).sum(dim=-1)).sum()
 
 
 def quantize(logits: Tensor, codebook: Tensor, valid: Tensor, temperature: float | None) -> Quantized:

@@ -5,7 +5,7 @@ from torch import nn
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters in two groups: those with at least two dimensions decay, biases, norms and gains do not."""
+    """Trainable parameters in two groups: those with at least two dimensions decay, biases and norms do not."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, object]] = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},

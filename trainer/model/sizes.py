@@ -98,6 +98,11 @@ def load_model_config(
             f"mask_time_prob ({config.mask_time_prob}) of {name_or_path} must be above 0, or there is nothing to "
             "predict; set --mask_time_prob (the paper's value is 0.65)."
         )
+    if config.mask_feature_prob > 0:
+        raise UserError(
+            f"mask_feature_prob ({config.mask_feature_prob}) of {name_or_path} must be 0: pre-training here masks time "
+            "only; set it to 0 in a copy of its config.json."
+        )
     config.architectures = ["Wav2Vec2ForPreTraining"]
     return config
 

@@ -2,23 +2,24 @@
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 import torch
 from transformers import Wav2Vec2Config
 
-from trainer.arguments import PretrainArguments, dump_recipe
+from trainer.arguments import PretrainArguments
 from trainer.data.batching import epoch_batches
 from trainer.data.collate import MaskSettings
 from trainer.data.frames import FrameGeometry
-from trainer.errors import UserError
-from trainer.layout import CONFIG_FILE, METRICS_FILE, SKIPPED_FILE
+from trainer.errors import RunWentBad, UserError
+from trainer.layout import METRICS_FILE, SKIPPED_FILE
 from trainer.model.optim import build_optimizer
 from trainer.model.pretraining import build_model
 from trainer.model.sizes import load_model_config
 from trainer.run.checkpoint import TrainerState, read_state, set_aside
-from trainer.run.corpus import Corpus, SkippedLog, batching_of, describe, open_corpus
+from trainer.run.corpus import Corpus, SkippedLog, batching_of, describe, fingerprint, open_corpus
 from trainer.run.ds_config import load_ds_config, resolve_ds_config
 from trainer.run.engine import Engine, build_engine, is_main_process, launched_ranks
 from trainer.run.loop import EXIT_DONE, Run
@@ -30,6 +31,8 @@ from trainer.run.run_folder import (
     check_resumable,
     lock_run_folder,
     open_run_folder,
+    sees_settings,
+    write_settings,
 )
 from trainer.run.signals import StopRequest
 from trainer.run.trackers import check_tracker, start_tracker
@@ -41,9 +44,12 @@ def pretrain(arguments: PretrainArguments) -> int:
     if run is None:
         return EXIT_DONE
     try:
-        return run.train()
-    finally:
+        code = run.train()
+    except RunWentBad:  # all ranks find out at the same update, so all of them get here
         run.close()
+        raise
+    run.close()  # not after other errors: one rank alone would wait here for the others, its message unseen
+    return code
 
 
 def build(arguments: PretrainArguments) -> Run | None:
@@ -61,6 +67,11 @@ def build(arguments: PretrainArguments) -> Run | None:
     stop = StopRequest()
     stop.install()
     engine = _build_engine(arguments, config, ds_config, place.folder)
+    if not engine.same_on_all_ranks(fingerprint(corpus)):
+        raise UserError(
+            f"dataset_name ({arguments.dataset_name}) does not hold the same audio for all ranks: rank {engine.rank} has "
+            f"{len(corpus.train):,} utterances to train on; give all machines the same data, or --overwrite_cache."
+        )
     totals = _restore(engine, place, arguments)
     skipped = SkippedLog(place.folder / SKIPPED_FILE)
     if engine.is_main:
@@ -89,6 +100,7 @@ def build(arguments: PretrainArguments) -> Run | None:
         stop=stop,
         max_train_steps=max_train_steps,
         lock=place.lock,
+        interval_start=time.monotonic() - place.state.interval_seconds,
     )
 
 
@@ -155,11 +167,16 @@ def _restore(engine: Engine, place: _Place, arguments: PretrainArguments) -> Tot
     if engine.is_main:
         changes = [] if place.checkpoint is None else changed_settings(place.folder, arguments)
         set_aside(place.folder, place.state.step)
-        (place.folder / CONFIG_FILE).write_text(dump_recipe(arguments), encoding="utf-8")
+        write_settings(place.folder, arguments)
         drop_lines_after(place.folder / METRICS_FILE, place.state.step)
         if changes:
             _say("settings changed since the last start: " + "; ".join(changes))
     engine.barrier()
+    if not engine.same_on_all_ranks(int(sees_settings(place.folder))):
+        raise UserError(
+            f"output_dir ({place.folder}) is not the same folder on all machines, which would leave a part of every "
+            "checkpoint on each; put it on a file system that they share."
+        )
     if place.checkpoint is not None:
         _say(f"resuming from {place.checkpoint}")
     place.state.world_size, place.state.engine = engine.world_size, engine.name
@@ -169,12 +186,10 @@ def _restore(engine: Engine, place: _Place, arguments: PretrainArguments) -> Tot
 
 def _check_same_checkpoint(engine: Engine, place: _Place) -> None:
     """Raise `UserError` where ranks found different checkpoints, as they do when machines do not share the folder."""
-    step = place.state.step
-    steps = engine.sum_over_ranks(torch.tensor([step], dtype=torch.float64, device=engine.device)).item()
-    if steps != step * engine.world_size:
+    if not engine.same_on_all_ranks(place.state.step):
         raise UserError(
             f"output_dir ({place.folder}) does not look the same to all ranks: rank {engine.rank} found a checkpoint "
-            f"of update {step}, another rank did not; put it on a file system that all machines share."
+            f"of update {place.state.step} (0: none); put it on a file system that all machines share."
         )
 
 

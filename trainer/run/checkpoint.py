@@ -34,8 +34,9 @@ class TrainerState:
     world_size: int = 1
     gradient_accumulation_steps: int = 1
     engine: str = "deepspeed"
-    audio_seconds_seen: float = 0.0
     skipped_steps: int = 0
+    interval_seconds: float = 0.0
+    validation_due: bool = False
     totals: list[float] = dataclasses.field(default_factory=list)
     version: int = STATE_VERSION
 

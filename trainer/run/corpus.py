@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
@@ -44,23 +45,27 @@ def open_corpus(arguments: PretrainArguments, geometry: FrameGeometry, progress:
     Every rank calls it; the first one on a machine builds, the others wait for the file. Raises `UserError`.
     """
     assert arguments.dataset_name is not None  # the arguments' own rule
-    index, skipped = _open_folder(arguments.dataset_name, arguments, progress)
+    index, skipped = _open_folder("dataset_name", arguments.dataset_name, arguments, progress)
     shortest = max(arguments.min_duration_in_seconds, geometry.min_samples(_FEWEST_FRAMES) / SAMPLE_RATE)
     index, num_too_short = filter_by_duration(index, shortest)
     if arguments.validation_dataset_name is None:
         train, validation = split_validation(index, arguments.validation_split_percentage, arguments.seed)
     else:
         train = index
-        validation, more_skipped = _open_folder(arguments.validation_dataset_name, arguments, progress)
+        validation, more_skipped = _open_folder(
+            "validation_dataset_name", arguments.validation_dataset_name, arguments, progress
+        )
         validation, _ = filter_by_duration(validation, shortest)
         skipped = skipped + more_skipped
     return Corpus(train, validation, skipped, num_too_short)
 
 
-def _open_folder(folder: str, arguments: PretrainArguments, progress: bool) -> tuple[AudioIndex, list[Skipped]]:
+def _open_folder(
+    flag: str, folder: str, arguments: PretrainArguments, progress: bool
+) -> tuple[AudioIndex, list[Skipped]]:
     cache = index_cache_folder(arguments)
     with _one_process_at_a_time(cache):
-        return build_index(folder, cache, progress, rebuild=arguments.overwrite_cache)
+        return build_index(folder, cache, progress, rebuild=arguments.overwrite_cache, flag=flag)
 
 
 @contextlib.contextmanager
@@ -72,8 +77,18 @@ def _one_process_at_a_time(folder: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cache_dir ({folder}) cannot be written: {error.strerror}; set --cache_dir.") from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks: then ranks do the same work side by side
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def fingerprint(corpus: Corpus) -> int:
+    """A number below 2^20 that differs, most likely, between corpora of other utterances, lengths or splits."""
+    parts = (part for index in (corpus.train, corpus.validation) for part in (index.ids, index.num_samples))
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part.tobytes(), checksum)
+    return checksum % 2**20
 
 
 def describe(corpus: Corpus) -> str:

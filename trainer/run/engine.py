@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin, DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trainer.errors import UserError
 from trainer.layout import DEEPSPEED_FOLDER, PLAIN_MODEL_FILE, PLAIN_OPTIMIZER_FILE
 from trainer.run.extensions import use_extensions_folder
+
+_GROUP_SETTINGS = ("weight_decay", "betas", "eps")
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -94,7 +97,7 @@ class Engine:
 
     @contextlib.contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Encloses forward and backward of one micro-batch; only the last of a window reduces gradients and steps."""
+        """Encloses forward and backward of one micro-batch; the last of a window completes the gradient and steps."""
         if self.uses_deepspeed:
             self.accelerator.sync_gradients = last
             yield
@@ -138,8 +141,22 @@ class Engine:
             save_file(state, folder / PLAIN_MODEL_FILE, metadata={"format": "pt"})
             torch.save(self.optimizer.state_dict(), folder / PLAIN_OPTIMIZER_FILE)
 
+    def same_on_all_ranks(self, value: int) -> bool:
+        """Whether every rank brought the same value (0 <= value < 10^7); the answer is the same on every rank."""
+        sums = self.sum_over_ranks(torch.tensor([value, value * value], dtype=torch.float64, device=self.device))
+        return bool(self.world_size * sums[1] == sums[0] ** 2)  # no variance
+
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote; the world size must be the one that saved under DeepSpeed."""
+        """Restore what `save` wrote; the world size must be the one that saved under DeepSpeed.
+
+        Weight decay, betas and epsilon stay those of this run, which loading would set back.
+        """
+        settings = [{name: group[name] for name in _GROUP_SETTINGS} for group in self.optimizer.param_groups]
+        self._load(folder)
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(values)
+
+    def _load(self, folder: Path) -> None:
         if self.uses_deepspeed:
             self.model.load_checkpoint(str(folder), tag=DEEPSPEED_FOLDER)
         else:
@@ -193,8 +210,11 @@ def build_engine(
         _leave_out_shared_memory_op()
     backend = "nccl" if torch.cuda.is_available() else "gloo"  # accelerate finds no backend for DeepSpeed on CPUs
     accelerator = Accelerator(
-        # accelerate would divide plain losses by this number; DeepSpeed's own division is turned off in `backward`
-        gradient_accumulation_steps=1 if ds_config is None else ds_config["gradient_accumulation_steps"],
+        # accelerate would divide plain losses by this number; DeepSpeed's own division is turned off in `backward`. As
+        # a plugin, because an environment variable of accelerate's wins over the plain argument
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=1 if ds_config is None else ds_config["gradient_accumulation_steps"]
+        ),
         mixed_precision="bf16" if bf16 else "no",
         # on CPUs accelerate finds plain ranks only with `cpu`, and DeepSpeed only without
         cpu=ds_config is None and not torch.cuda.is_available(),
@@ -203,8 +223,7 @@ def build_engine(
         log_with=log_with,
         project_dir=str(project_folder),
     )
-    if ds_config is None and launched_ranks() > 1 and accelerator.distributed_type == DistributedType.NO:
-        raise RuntimeError(f"accelerate did not join the {launched_ranks()} launched ranks into a process group")
+    _check_distributed_type(accelerator, wants_deepspeed=ds_config is not None)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())  # ZeRO-3 leaves empty ones behind
     model.train()
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
@@ -216,6 +235,21 @@ def build_engine(
         uses_deepspeed=ds_config is not None,
         num_parameters=num_parameters,
     )
+
+
+def _check_distributed_type(accelerator: Accelerator, *, wants_deepspeed: bool) -> None:
+    """Refuse what accelerate's own configuration, read from its environment variables, makes of the launch."""
+    kind = accelerator.distributed_type
+    if wants_deepspeed and kind != DistributedType.DEEPSPEED:
+        raise UserError(f"accelerate set up {kind.value} although --deepspeed is given; check `accelerate env`.")
+    plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if not wants_deepspeed and kind not in plain:
+        raise UserError(
+            f"accelerate's configuration asks for {kind.value}; give --deepspeed NAME, or launch without it "
+            "(see `accelerate env`)."
+        )
+    if launched_ranks() > 1 and kind == DistributedType.NO:
+        raise RuntimeError(f"accelerate did not join the {launched_ranks()} launched ranks into a process group")
 
 
 def _complete_environment() -> None:

@@ -5,12 +5,13 @@ from collections.abc import Iterable
 import torch
 
 from trainer.data.collate import Batch
+from trainer.run.corpus import SkippedLog
 from trainer.run.engine import Engine
 from trainer.run.metrics import Totals, means
 from trainer.run.steps import audio_seconds, forward
 
 
-def evaluate(engine: Engine, batches: Iterable[tuple[Batch, bool]]) -> dict[str, float]:
+def evaluate(engine: Engine, batches: Iterable[tuple[Batch, bool]], skipped: SkippedLog) -> dict[str, float]:
     """Means over the whole validation data, the same on every rank.
 
     Each rank brings equally many batches, paired with whether they count: with ZeRO-3 a forward pass is collective.
@@ -20,6 +21,7 @@ def evaluate(engine: Engine, batches: Iterable[tuple[Batch, bool]]) -> dict[str,
     with torch.no_grad():
         for batch, counts in batches:
             terms = forward(engine, batch)
+            skipped.add(batch.skipped)
             if counts:
                 totals.add(terms, audio_seconds(batch))
     engine.model.train()

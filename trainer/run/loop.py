@@ -50,7 +50,7 @@ class Run:
     stop: StopRequest
     max_train_steps: int
     lock: TextIO | None
-    interval_start: float = dataclasses.field(default_factory=time.monotonic)
+    interval_start: float
 
     def train(self) -> int:
         """Train until the last update or a request to stop; returns the exit code."""
@@ -60,6 +60,8 @@ class Run:
                 f"{self.max_train_steps}"
             )
             return EXIT_DONE
+        if self.state.validation_due:
+            self.validate()
         guard = Guard()
         cursor = Cursor(self.state.epoch, self.state.batch)
         windows = training_stream(
@@ -78,7 +80,9 @@ class Run:
                 if last or self._due(self.arguments.logging_steps):
                     self.log(result, rate, temperature)
                 if last or self._due(self.arguments.eval_steps or self.arguments.saving_steps):
-                    self.validate()
+                    self.state.validation_due = stop and not last  # launchers wait seconds: save first
+                    if not self.state.validation_due:
+                        self.validate()
                 if last or stop or self._due(self.arguments.saving_steps):
                     self.save()
                 if last:
@@ -132,7 +136,6 @@ class Run:
             "skipped_steps": self.state.skipped_steps,
             "peak_memory_bytes": self.engine.peak_memory_bytes(),
         }
-        self.state.audio_seconds_seen += line["audio_seconds"]
         self._write(line)
         self.totals.reset()
         self.interval_start = time.monotonic()
@@ -147,7 +150,8 @@ class Run:
             self.engine.rank, self.engine.world_size, self._pin_memory,
         )  # fmt: skip
         line: dict[str, Any] = {"step": self.state.step, "split": "validation"}
-        line |= evaluate(self.engine, batches)
+        line |= evaluate(self.engine, batches, self.skipped)
+        self.state.validation_due = False
         line["audio_seconds_per_second"] = line["audio_seconds"] / (time.monotonic() - start)
         self._write(line)
         self.interval_start += time.monotonic() - start
@@ -155,6 +159,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint that holds the sums of the running interval too."""
         start = time.monotonic()
+        self.state.interval_seconds = start - self.interval_start
         self.state.totals = self.engine.sum_over_ranks(self.totals.values).tolist()
         folder = save_checkpoint(
             self.folder, self.state, self.engine, self._write_model_files, self.arguments.save_total_limit

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -15,6 +16,14 @@ from trainer.errors import UserError
 from trainer.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, LOCK_FILE, METRICS_FILE
 from trainer.run.checkpoint import TrainerState, find_checkpoint
 
+_NEW_FILE_SECONDS = 60.0
+# What decides the shapes of the weights.
+_SHAPES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "do_stable_layer_norm"),
+    *("conv_dim", "conv_kernel", "conv_stride", "conv_bias", "feat_extract_norm"),
+    *("num_conv_pos_embeddings", "num_conv_pos_embedding_groups"),
+    *("num_codevector_groups", "num_codevectors_per_group", "codevector_dim", "proj_codevector_dim"),
+)
 _TRACES = (CONFIG_FILE, METRICS_FILE, CHECKPOINTS_FOLDER)
 
 
@@ -44,11 +53,33 @@ def open_run_folder(arguments: PretrainArguments) -> tuple[Path, Path | None]:
     return folder, checkpoint
 
 
+def write_settings(folder: Path, arguments: PretrainArguments) -> None:
+    """Write `config.yaml`, whole or not at all."""
+    new = folder / (CONFIG_FILE + ".new")
+    new.write_text(dump_recipe(arguments), encoding="utf-8")
+    os.replace(new, folder / CONFIG_FILE)
+
+
+def sees_settings(folder: Path) -> bool:
+    """Whether the settings that the main rank has just written are here too: whether the machines share the folder.
+
+    Waits a little, for a network file system can hide a new file from other machines for some seconds.
+    """
+    deadline = time.monotonic() + _NEW_FILE_SECONDS
+    while CONFIG_FILE not in os.listdir(folder):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1.0)
+    return True
+
+
 def changed_settings(folder: Path, arguments: PretrainArguments) -> list[str]:
     """`name: before -> now` for each setting that differs from the ones the run was last started with."""
     try:
         before = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
+        return []
+    if not isinstance(before, dict):
         return []
     now = yaml.safe_load(dump_recipe(arguments))
     names = sorted(set(before) | set(now))
@@ -97,11 +128,9 @@ def check_model_matches(checkpoint: Path, config: Wav2Vec2Config) -> None:
     wanted = json.loads(config.to_json_string(use_diff=False))
     different = [
         f"{name} ({saved[name]} there, {wanted[name]} here)"
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_dim",
-                     "conv_kernel", "conv_stride", "conv_bias", "feat_extract_norm", "do_stable_layer_norm",
-                     "num_codevector_groups", "num_codevectors_per_group", "codevector_dim", "proj_codevector_dim")
+        for name in _SHAPES
         if name in saved and saved[name] != wanted[name]
-    ]  # fmt: skip
+    ]
     if different:
         raise UserError(
             f"checkpoint {checkpoint} holds another model: {'; '.join(different)}; "

@@ -2,16 +2,23 @@
 
 import os
 import signal
+import time
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class StopRequest:
-    """Whether SIGTERM or SIGUSR1 has arrived; a second one ends the process at once."""
+# Schedulers signal launcher and ranks, and the launcher passes its signal on: what comes this soon is the same request.
+ECHO_SECONDS = 10.0
 
-    def __init__(self) -> None:
+
+class StopRequest:
+    """Whether SIGTERM or SIGUSR1 has arrived; one that follows later than `echo_seconds` ends the process at once."""
+
+    def __init__(self, echo_seconds: float = ECHO_SECONDS) -> None:
         self.requested = False
+        self.echo_seconds = echo_seconds
+        self._first_time = 0.0
 
     def install(self) -> None:
         """Take the signals over; call from the main thread."""
@@ -19,6 +26,8 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.requested:
+        if not self.requested:
+            self.requested = True
+            self._first_time = time.monotonic()
+        elif time.monotonic() - self._first_time >= self.echo_seconds:
             os._exit(128 + number)
-        self.requested = True

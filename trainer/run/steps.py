@@ -21,7 +21,10 @@ def seed_micro_batch(seed: int, step: int, position: int) -> None:
 
 
 def dropped_layers(seed: int, step: int, micro_batch: int, num_layers: int, probability: float) -> tuple[int, ...]:
-    """Layers that LayerDrop (Fan et al. 2020) leaves out; drawn from numbers all ranks share, so all drop the same."""
+    """Layers that LayerDrop (Fan et al. 2020) leaves out; drawn from numbers all ranks share, so all drop the same.
+
+    `micro_batch` counts on one rank, so with LayerDrop a window that is split otherwise drops other layers.
+    """
     if probability == 0:
         return ()
     rng = np.random.default_rng([seed, step, micro_batch, _LAYER_DROP_PURPOSE])

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import urllib.parse
+import urllib.request
 import uuid
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def check_tracker(report_to: str) -> None:
 
 def start_tracker(engine: Engine, report_to: str, run_folder: Path, settings: dict[str, Any], resumed: bool) -> None:
     """Open the tracker on the main rank; W&B works offline, in the run folder, where its server cannot be reached."""
-    if report_to == "none":
+    if report_to == "none" or not engine.is_main:
         return
     options: dict[str, dict[str, Any]] = {}
     if report_to == "wandb":
@@ -37,7 +38,7 @@ def start_tracker(engine: Engine, report_to: str, run_folder: Path, settings: di
             "id": _wandb_run_id(run_folder, resumed),
             "resume": "allow",
         }
-        if "WANDB_MODE" not in os.environ and engine.is_main and not _wandb_reachable():
+        if "WANDB_MODE" not in os.environ and not _wandb_reachable():
             # as an argument: the environment was read when wandb was imported
             options["wandb"]["mode"] = "offline"
             print(f"wandb: no server or no login; logging offline below {run_folder / 'wandb'}", file=sys.stderr)
@@ -47,6 +48,8 @@ def start_tracker(engine: Engine, report_to: str, run_folder: Path, settings: di
 
 def track(engine: Engine, line: dict[str, Any]) -> None:
     """Send the numbers of one line of metrics, named `split/metric`, to the tracker, if there is one."""
+    if not engine.is_main:
+        return
     values = {
         f"{line['split']}/{name}": value
         for name, value in line.items()
@@ -72,6 +75,8 @@ def _wandb_reachable() -> bool:
     url = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
     if not wandb.api.api_key:
         return False
+    if url.scheme in urllib.request.getproxies():
+        return True  # a direct connection would say nothing about the way through the proxy
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
         socket.create_connection((url.hostname or "", port), timeout=_REACH_TIMEOUT_SECONDS).close()

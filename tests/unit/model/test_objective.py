@@ -86,6 +86,16 @@ def test_perplexity_runs_from_collapse_to_uniform_use() -> None:
     assert masked_perplexity(uniform, valid).item() == pytest.approx(8.0)
 
 
+def test_a_codeword_nobody_chooses_has_a_finite_gradient() -> None:
+    logits = torch.zeros(4, 1, 3)
+    logits[..., 2] = -200.0  # its softmax is exactly 0 in fp32
+    logits.requires_grad_()
+    quantized = quantize(logits, torch.randn(1, 3, 2), torch.ones(4, dtype=torch.bool), temperature=1.0)
+    assert quantized.prob_perplexity.item() == pytest.approx(2.0)
+    quantized.prob_perplexity.backward()
+    assert logits.grad is not None and torch.isfinite(logits.grad).all()
+
+
 def test_quantizer_takes_the_likeliest_codewords_in_evaluation() -> None:
     logits = torch.tensor([[[0.0, 3.0, 1.0], [2.0, 0.0, 0.0]]])  # N = 1, G = 2, V = 3
     codebook = torch.arange(12.0).view(2, 3, 2)

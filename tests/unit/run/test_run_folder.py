@@ -18,6 +18,8 @@ from trainer.run.run_folder import (
     check_resumable,
     lock_run_folder,
     open_run_folder,
+    sees_settings,
+    write_settings,
 )
 
 
@@ -93,4 +95,13 @@ def test_changed_settings_are_listed(tmp_path: Path) -> None:
     assert changed_settings(tmp_path, before) == []
     after = PretrainArguments(dataset_name="speech", output_dir=str(tmp_path), seed=3, max_train_steps=5)
     assert changed_settings(tmp_path, after) == ["max_train_steps: None -> 5", "seed: 0 -> 3"]
+    (tmp_path / "config.yaml").write_text("")  # the disk was full
+    assert changed_settings(tmp_path, after) == []
+    write_settings(tmp_path, after)
+    assert changed_settings(tmp_path, after) == [] and sees_settings(tmp_path)
     assert json.dumps(changed_settings(tmp_path / "missing", after)) == "[]"
+
+
+def test_a_folder_that_other_machines_do_not_share_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.run.run_folder._NEW_FILE_SECONDS", 0.0)
+    assert not sees_settings(tmp_path)

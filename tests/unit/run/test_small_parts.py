@@ -84,10 +84,12 @@ def test_first_signal_is_noted_second_ends_the_process() -> None:
         "import os, signal; from trainer.run.signals import StopRequest\n"
         "stop = StopRequest(); stop.install()\n"
         "os.kill(os.getpid(), signal.SIGUSR1); print(stop.requested, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM); print('an echo', flush=True)\n"
+        "stop.echo_seconds = 0.0\n"
         "os.kill(os.getpid(), signal.SIGTERM); print('still here')"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.stdout == "True\n" and result.returncode == 128 + signal.SIGTERM
+    assert result.stdout == "True\nan echo\n" and result.returncode == 128 + signal.SIGTERM
     assert StopRequest().requested is False
 
 
