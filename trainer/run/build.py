@@ -69,8 +69,8 @@ def build(arguments: PretrainArguments) -> Run | None:
     engine = _build_engine(arguments, config, ds_config, place.folder)
     if not engine.same_on_all_ranks(fingerprint(corpus)):
         raise UserError(
-            f"dataset_name ({arguments.dataset_name}) does not hold the same audio for all ranks: rank {engine.rank} has "
-            f"{len(corpus.train):,} utterances to train on; give all machines the same data, or --overwrite_cache."
+            f"dataset_name ({arguments.dataset_name}) does not hold the same audio for all ranks: rank {engine.rank} "
+            f"has {len(corpus.train):,} utterances to train on; give all machines the same data, or --overwrite_cache."
         )
     totals = _restore(engine, place, arguments)
     skipped = SkippedLog(place.folder / SKIPPED_FILE)
