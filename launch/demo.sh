@@ -3,6 +3,12 @@
 # DATA=folder trains on your own audio instead; arguments are flags of `trainer pretrain` and win over the demo's.
 # A demo that was stopped goes on where its last checkpoint is.
 set -euo pipefail
+case ${1:-} in -h | --help)
+    sed -n '2,/^[^#]/s/^# //p' "$0"
+    exit 0
+    ;;
+esac
+if [ -n "${DATA:-}" ]; then DATA=$(realpath -m -- "$DATA"); fi # before the folder changes
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup.sh
@@ -18,7 +24,7 @@ if command -v flock >/dev/null && ! flock --nonblock 8; then
 fi
 
 if [ -n "${DATA:-}" ]; then
-    data=(--dataset_name "$DATA")
+    data=(--dataset_name "$DATA" --validation_split_percentage 10)
     first=runs/demo-$(basename "$DATA") # never continue a run on other data
 else
     data=(--dataset_name tests/corpus/train --validation_dataset_name tests/corpus/validation)

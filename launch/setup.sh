@@ -3,6 +3,11 @@
 # Extras are those of pyproject.toml (test, tensorboard). PYTHON names the interpreter of a new .venv, default python3.
 # When nothing changed it returns at once; an interrupted one is repaired by the next.
 set -euo pipefail
+case ${1:-} in -h | --help)
+    sed -n '2,/^[^#]/s/^# //p' "$0"
+    exit 0
+    ;;
+esac
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
@@ -78,6 +83,9 @@ install() { # EXTRA ...
         --editable "$root${extras:+[$extras]}" --constraint "$root/constraints.txt"
 }
 
+for extra in "$@"; do
+    grep -q "^$extra = \[" "$root/pyproject.toml" || stop "no extra is called '$extra'; pyproject.toml names test and tensorboard"
+done
 if up_to_date "$@"; then exit 0; fi
 check_tools
 mkdir -p "$venv"

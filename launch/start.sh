@@ -17,4 +17,25 @@ for argument in "$@"; do
 done
 # A free port: with the launcher's fixed one, the second run on a machine fails.
 port=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
-exec deepspeed --quiet ${NUM_RANKS:+--num_gpus "$NUM_RANKS"} --master_port "$port" "$@"
+
+# The launcher keeps a signal to itself or ends the ranks with it; sent to the ranks, each saves and ends with code 4.
+# shellcheck disable=SC2329 # both are called by the traps below
+children() { cat "/proc/$1/task/"*/children 2>/dev/null || true; }
+# shellcheck disable=SC2329
+to_ranks() { # SIGNAL
+    local launcher rank
+    for launcher in $(children "$runner"); do
+        for rank in $(children "$launcher"); do kill -s "$1" "$rank" 2>/dev/null || true; done
+    done
+}
+deepspeed --quiet ${NUM_RANKS:+--num_gpus "$NUM_RANKS"} --master_port "$port" "$@" &
+runner=$!
+trap 'to_ranks TERM' TERM INT
+trap 'to_ranks USR1' USR1
+code=0
+wait "$runner" || code=$?
+while kill -0 "$runner" 2>/dev/null; do # a trapped signal ends `wait` too
+    code=0
+    wait "$runner" || code=$?
+done
+exit "$code"

@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
 # Set up, lint, type-check and test: bash tests/run.sh [PYTEST ARGUMENT ...]
 set -euo pipefail
+case ${1:-} in -h | --help)
+    sed -n '2,/^[^#]/s/^# //p' "$0"
+    exit 0
+    ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup.sh test

@@ -332,6 +332,9 @@ def check(arguments: PretrainArguments) -> list[str]:
         choices = field.metadata["choices"]
         if value is None:
             continue
+        if value == "":
+            problems.append(f"{name} is empty; give --{name} a value or leave it out.")
+            continue
         if rule is not None and not rule.holds(value):
             problems.append(f"{name} ({value}) must be {rule.text}; change --{name}.")
         if choices is not None and value not in choices:

@@ -41,6 +41,7 @@ LAUNCHERS: dict[str, list[str]] = {
         "--dynamo_backend=no", "--use_deepspeed", "--main_process_port=29613", "-m", "trainer",
     ],
     "python": [sys.executable, "-m", "trainer"],
+    "bash": ["bash", "launch/pretrain_base.sh"],
 }  # fmt: skip
 
 
@@ -221,6 +222,22 @@ def test_killed_and_resumed_run_equals_the_undisturbed_one(runs: Runs) -> None:
 def test_a_signal_to_one_rank_saves_and_asks_to_be_requeued(runs: Runs) -> None:
     assert runs.exit_code_after_signal == 4
     assert "stopped on request" in runs.disturbed_log.read_text(errors="replace")
+
+
+def test_a_signal_to_the_launch_script_reaches_the_ranks(runs: Runs, tmp_path: Path) -> None:
+    """`kill`, `timeout` and process managers signal the script alone; DeepSpeed's launcher would keep it to itself."""
+    arguments = [str(runs.data), *FLAGS, f"--cache_dir={tmp_path / 'cache'}", "--max_train_steps=100000"]
+    process = _start("bash", arguments, tmp_path / "log", NUM_RANKS="2", OUTPUT=str(tmp_path / "run"))
+    try:
+        _wait_for_update(tmp_path / "run", 2, process, tmp_path / "log")
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=60)
+    finally:
+        _kill_group(process)
+    text = (tmp_path / "log").read_text(errors="replace")
+    assert code == 4, text[-4000:]
+    assert "stopped on request" in text
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) >= 1
 
 
 def test_resolved_recipe_can_be_passed_back(runs: Runs) -> None:

@@ -129,6 +129,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         (["--max_train_steps=10", "--num_warmup_steps=11"], "num_warmup_steps"),
         (["--bf16=perhaps"], "bf16"),
         (["--adam_beta2=1.0"], "adam_beta2"),
+        (["--output_dir="], "output_dir is empty"),
     ],
 )
 def test_mistakes_are_named(flags: list[str], part: str) -> None:

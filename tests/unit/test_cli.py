@@ -78,10 +78,25 @@ def test_a_deepspeed_file_that_sets_what_flags_own(tmp_path: Path, capsys: pytes
     assert "train_micro_batch_size_per_gpu" in complaint  # both together
 
 
+def test_a_nested_key_that_deepspeed_does_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "mine.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 2, "overlap_com": True}}))
+    assert _pretrain(f"--deepspeed={config}", out=str(tmp_path / "run")) == 2
+    assert "zero_optimization.overlap_com" in _complaint(capsys)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run" / ".lock").mkdir(parents=True)  # root may write anywhere, but not to a folder as to a file
+    assert _pretrain(out=str(tmp_path / "run")) == 2
+    assert "cannot be written" in _complaint(capsys)
+
+
 def test_an_unknown_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert _pretrain("--model_name_or_path=huge", out=str(tmp_path / "run")) == 2
     assert "huge" in _complaint(capsys)
+    assert _pretrain("--model_name_or_path=lage", out=str(tmp_path / "run")) == 2
+    assert "did you mean large?" in _complaint(capsys)
 
 
 def test_resume_from_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.arguments import RaisingParser
+from trainer.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,14 +35,17 @@ def main(words: Sequence[str]) -> int:
     given = build_parser().parse_args(list(words))
     from trainer.convert.conversion import convert
 
-    report = convert(
-        given.source,
-        given.out,
-        dtype=given.dtype,
-        max_shard_size=given.max_shard_size,
-        verify=not given.no_verify,
-        overwrite=given.overwrite,
-    )
+    try:
+        report = convert(
+            given.source,
+            given.out,
+            dtype=given.dtype,
+            max_shard_size=given.max_shard_size,
+            verify=not given.no_verify,
+            overwrite=given.overwrite,
+        )
+    except OSError as error:
+        raise UserError(f"{given.out} was not written: {error}; nothing is left of it.") from error
     print(
         f"{given.out}: update {report.step:,}, {report.num_parameters / 1e6:.1f} M parameters in {given.dtype}, "
         f"{report.seconds:.1f} s{'' if given.no_verify else ', verified'}",

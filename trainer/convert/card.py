@@ -20,10 +20,10 @@ speech recognition.
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC, AutoModelForPreTraining
 
 folder = "path/to/this/folder"
-extractor = AutoFeatureExtractor.from_pretrained(folder)     # audio at {sampling_rate} Hz
-encoder = AutoModel.from_pretrained(folder)                  # features of speech
+extractor = AutoFeatureExtractor.from_pretrained(folder)  # audio at {sampling_rate} Hz
+encoder = AutoModel.from_pretrained(folder)  # features of speech
 pretrained = AutoModelForPreTraining.from_pretrained(folder)  # with quantizer and projections, to train on
-recognizer = AutoModelForCTC.from_pretrained(folder)         # with a new, untrained output layer, to fine-tune
+recognizer = AutoModelForCTC.from_pretrained(folder)  # with a new, untrained output layer, to fine-tune
 ```
 """
 

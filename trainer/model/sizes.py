@@ -1,5 +1,7 @@
 """Shipped model sizes as transformers configurations, and configurations from folders or the Hub."""
 
+import difflib
+import os
 from typing import Any
 
 from transformers import Wav2Vec2Config
@@ -110,6 +112,9 @@ def load_model_config(
 def _load_config(name_or_path: str, cache_dir: str | None) -> Wav2Vec2Config:
     from transformers import AutoConfig
 
+    near = difflib.get_close_matches(name_or_path, SIZES, n=1)
+    if near and not os.path.exists(name_or_path):  # no Hub id without an owner looks like this; do not ask the network
+        raise UserError(f"model_name_or_path ({name_or_path}) is no shipped size; did you mean {near[0]}?")
     try:
         config = AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir)
     except (OSError, ValueError) as error:

@@ -21,7 +21,7 @@ from trainer.model.sizes import load_model_config
 from trainer.run.checkpoint import TrainerState, read_state, set_aside
 from trainer.run.corpus import Corpus, SkippedLog, batching_of, describe, fingerprint, open_corpus
 from trainer.run.ds_config import load_ds_config, resolve_ds_config
-from trainer.run.engine import Engine, build_engine, is_main_process, launched_ranks
+from trainer.run.engine import Engine, build_engine, check_zero_section, is_main_process, launched_ranks
 from trainer.run.loop import EXIT_DONE, Run
 from trainer.run.metrics import Totals, drop_lines_after
 from trainer.run.progress import Progress
@@ -29,8 +29,9 @@ from trainer.run.run_folder import (
     changed_settings,
     check_model_matches,
     check_resumable,
+    check_run_folder,
+    create_run_folder,
     lock_run_folder,
-    open_run_folder,
     sees_settings,
     write_settings,
 )
@@ -58,12 +59,13 @@ def build(arguments: PretrainArguments) -> Run | None:
     config = _model_config(arguments)
     geometry = FrameGeometry(tuple(config.conv_kernel), tuple(config.conv_stride))
     ds_config = _ds_config(arguments)
+    place = None if arguments.preprocessing_only else _find_place(arguments, config, ds_config)
     corpus = open_corpus(arguments, geometry, progress=is_main_process())
     _say(describe(corpus))
-    if arguments.preprocessing_only:
+    if place is None:
         return None
-
-    place = _open_place(arguments, config, ds_config)
+    create_run_folder(place.folder)
+    place.lock = lock_run_folder(place.folder) if is_main_process() else None
     stop = StopRequest()
     stop.install()
     engine = _build_engine(arguments, config, ds_config, place.folder)
@@ -109,21 +111,22 @@ class _Place:
     """Where a run lives and where it goes on from."""
 
     folder: Path
-    lock: TextIO | None
     checkpoint: Path | None
     state: TrainerState
+    lock: TextIO | None = None
 
 
-def _open_place(arguments: PretrainArguments, config: Wav2Vec2Config, ds_config: dict[str, Any] | None) -> _Place:
-    """The run folder, held by the main rank, and the checkpoint to resume from, checked against this launch."""
-    folder, checkpoint = open_run_folder(arguments)
-    lock = lock_run_folder(folder) if is_main_process() else None
+def _find_place(arguments: PretrainArguments, config: Wav2Vec2Config, ds_config: dict[str, Any] | None) -> _Place:
+    """The run folder and the checkpoint to resume from, checked against this launch; nothing is created yet."""
+    folder, checkpoint = check_run_folder(arguments)
     if checkpoint is None:
-        return _Place(folder, lock, None, TrainerState())
+        if arguments.resume is not None:
+            _say(f"no checkpoint in {folder} yet; starting at update 0")
+        return _Place(folder, None, TrainerState())
     state = read_state(checkpoint)
     check_model_matches(checkpoint, config)
     check_resumable(state, checkpoint, launched_ranks(), "plain" if ds_config is None else "deepspeed")
-    return _Place(folder, lock, checkpoint, state)
+    return _Place(folder, checkpoint, state)
 
 
 def _build_engine(
@@ -205,7 +208,7 @@ def _model_config(arguments: PretrainArguments) -> Wav2Vec2Config:
 def _ds_config(arguments: PretrainArguments) -> dict[str, Any] | None:
     if arguments.deepspeed is None:
         return None
-    return resolve_ds_config(
+    resolved = resolve_ds_config(
         load_ds_config(arguments.deepspeed),
         source=arguments.deepspeed,
         bf16=arguments.bf16,
@@ -214,6 +217,8 @@ def _ds_config(arguments: PretrainArguments) -> dict[str, Any] | None:
         micro_batch_size=arguments.per_device_train_batch_size,
         world_size=launched_ranks(),
     )
+    check_zero_section(resolved)
+    return resolved
 
 
 def _max_train_steps(arguments: PretrainArguments, corpus: Corpus, world_size: int) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import logging
 import os
 import socket
@@ -177,6 +178,23 @@ class Engine:
         self.accelerator.end_training()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def check_zero_section(ds_config: dict[str, Any]) -> None:
+    """Raise `UserError` naming what DeepSpeed would not take in `zero_optimization`, before anything is loaded."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**{k: v for k, v in ds_config["zero_optimization"].items() if v != "auto"})
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            path = ".".join(str(part) for part in ("zero_optimization", *problem["loc"]))
+            near = difflib.get_close_matches(str(problem["loc"][-1]), DeepSpeedZeroConfig.model_fields, n=1)
+            hint = f"; did you mean {near[0]}?" if near and problem["type"] == "extra_forbidden" else "."
+            lines.append(f"{path} ({problem['input']}): {problem['msg']}{hint}")
+        raise UserError("\n".join(lines)) from error
 
 
 def launched_ranks() -> int:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -189,8 +188,7 @@ class Run:
         feature_extractor(self.config).save_pretrained(folder)
 
     def _say(self, text: str) -> None:
-        if self.engine.is_main:
-            print(text, file=sys.stderr, flush=True)
+        self.progress.say(text)
 
 
 def feature_extractor(config: Wav2Vec2Config) -> Wav2Vec2FeatureExtractor:

@@ -37,10 +37,15 @@ class Progress:
                 f"loss {line['loss']:.3f}, accuracy {line['accuracy']:.3f}, grad norm {line['grad_norm']:.2f}, "
                 f"{line['audio_seconds_per_second']:.0f} s audio/s"
             )
-        elif self.bar is not None:
-            self.bar.write(self._text(line), file=sys.stderr)
         else:
-            print(self._text(line), file=sys.stderr, flush=True)
+            self.say(self._text(line))
+
+    def say(self, text: str) -> None:
+        """Show a line of text, above the bar where there is one."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        elif self.visible:
+            print(text, file=sys.stderr, flush=True)
 
     def _text(self, line: dict[str, Any]) -> str:
         parts = [

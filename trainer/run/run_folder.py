@@ -27,8 +27,8 @@ _SHAPES = (
 _TRACES = (CONFIG_FILE, METRICS_FILE, CHECKPOINTS_FOLDER)
 
 
-def open_run_folder(arguments: PretrainArguments) -> tuple[Path, Path | None]:
-    """The run folder, created if missing, and the checkpoint to resume from. Raises `UserError`.
+def check_run_folder(arguments: PretrainArguments) -> tuple[Path, Path | None]:
+    """The run folder, which may not exist yet, and the checkpoint to resume from. Raises `UserError`.
 
     `--resume latest` in a folder without a complete checkpoint starts anew, so that a job which is killed before its
     first checkpoint can be submitted again unchanged.
@@ -40,10 +40,6 @@ def open_run_folder(arguments: PretrainArguments) -> tuple[Path, Path | None]:
         raise UserError(
             f"output_dir ({folder}) holds another run; continue it with --resume latest or choose another folder."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir ({folder}) cannot be created: {error.strerror}; choose another folder.") from error
     checkpoint = None if arguments.resume is None else find_checkpoint(folder, arguments.resume)
     if checkpoint is not None and holds_a_run and folder.resolve() not in checkpoint.resolve().parents:
         raise UserError(
@@ -51,6 +47,14 @@ def open_run_folder(arguments: PretrainArguments) -> tuple[Path, Path | None]:
             "or a new one."
         )
     return folder, checkpoint
+
+
+def create_run_folder(folder: Path) -> None:
+    """Make the run folder if it is missing. Raises `UserError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir ({folder}) cannot be created: {error.strerror}; choose another folder.") from error
 
 
 def write_settings(folder: Path, arguments: PretrainArguments) -> None:
@@ -91,7 +95,10 @@ def lock_run_folder(folder: Path) -> TextIOWrapper:
 
     Ranks can outlive their launcher. Two runs that write one folder would prune each other's checkpoints.
     """
-    file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+    try:
+        file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output_dir ({folder}) cannot be written: {error.strerror}; choose another folder.") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

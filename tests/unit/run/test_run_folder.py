@@ -16,8 +16,9 @@ from trainer.run.run_folder import (
     changed_settings,
     check_model_matches,
     check_resumable,
+    check_run_folder,
+    create_run_folder,
     lock_run_folder,
-    open_run_folder,
     sees_settings,
     write_settings,
 )
@@ -35,25 +36,27 @@ def _checkpoint(run: Path) -> Path:
 
 
 def test_a_new_folder_is_made_and_an_empty_one_taken(tmp_path: Path) -> None:
-    assert open_run_folder(_arguments(tmp_path / "a" / "b")) == (tmp_path / "a" / "b", None)
-    assert open_run_folder(_arguments(tmp_path / "a" / "b", resume="latest"))[1] is None
+    assert check_run_folder(_arguments(tmp_path / "a" / "b")) == (tmp_path / "a" / "b", None)
+    assert not (tmp_path / "a").exists()
+    create_run_folder(tmp_path / "a" / "b")
+    assert check_run_folder(_arguments(tmp_path / "a" / "b", resume="latest"))[1] is None
 
 
 def test_another_run_is_not_written_over(tmp_path: Path) -> None:
     checkpoint = _checkpoint(tmp_path / "first")
     with pytest.raises(UserError, match="--resume latest"):
-        open_run_folder(_arguments(tmp_path / "first"))
-    assert open_run_folder(_arguments(tmp_path / "first", resume="latest"))[1] == checkpoint
+        check_run_folder(_arguments(tmp_path / "first"))
+    assert check_run_folder(_arguments(tmp_path / "first", resume="latest"))[1] == checkpoint
     _checkpoint(tmp_path / "second")
     with pytest.raises(UserError, match="holds another run than the checkpoint"):
-        open_run_folder(_arguments(tmp_path / "second", resume=str(checkpoint)))
-    assert open_run_folder(_arguments(tmp_path / "third", resume=str(checkpoint)))[1] == checkpoint
+        check_run_folder(_arguments(tmp_path / "second", resume=str(checkpoint)))
+    assert check_run_folder(_arguments(tmp_path / "third", resume=str(checkpoint)))[1] == checkpoint
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be created"):
-        open_run_folder(_arguments(tmp_path / "file" / "run"))
+        create_run_folder(tmp_path / "file" / "run")
 
 
 def test_two_runs_cannot_write_one_folder(tmp_path: Path) -> None:

@@ -93,6 +93,18 @@ def test_first_signal_is_noted_second_ends_the_process() -> None:
     assert StopRequest().requested is False
 
 
+def test_ctrl_c_asks_first_and_insists_the_second_time() -> None:
+    code = (
+        "import os, signal; from trainer.run.signals import StopRequest\n"
+        "stop = StopRequest(); stop.install()\n"
+        "os.kill(os.getpid(), signal.SIGINT); print(stop.requested, flush=True)\n"
+        "try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt: print('interrupted')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout == "True\ninterrupted\n" and "saving" in result.stderr
+
+
 def test_without_a_terminal_each_line_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     line = {
         "step": 5, "split": "train", "loss": 4.5, "contrastive_loss": 4.4, "accuracy": 0.1, "code_perplexity": 9.0,
