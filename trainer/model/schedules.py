@@ -5,8 +5,6 @@ A resumed run, or one on another number of ranks, gets the same values because n
 
 import math
 
-LR_SCHEDULER_TYPES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-
 _POLYNOMIAL_END = 1e-7  # transformers' `lr_end` of the polynomial schedule
 
 
@@ -14,7 +12,8 @@ def learning_rate(step: int, *, peak: float, num_warmup_steps: int, max_train_st
     """Learning rate of the update made after `step` completed ones (`step` counts from 0).
 
     The warm-up rises linearly and reaches `peak` at its last update; unlike transformers' schedulers the first update
-    is not spent on a learning rate of zero. `kind` is one of `LR_SCHEDULER_TYPES` with their meaning there.
+    is not spent on a learning rate of zero. `kind` is one of `trainer.arguments.LR_SCHEDULER_TYPES`, with their meaning
+    in transformers.
     """
     if step < num_warmup_steps and kind != "constant":
         return peak * (step + 1) / num_warmup_steps

@@ -183,7 +183,6 @@ def _restore(engine: Engine, place: _Place, arguments: PretrainArguments) -> Tot
     if place.checkpoint is not None:
         _say(f"resuming from {place.checkpoint}")
     place.state.world_size, place.state.engine = engine.world_size, engine.name
-    place.state.gradient_accumulation_steps = arguments.gradient_accumulation_steps
     return totals
 
 

@@ -32,7 +32,6 @@ class TrainerState:
     epoch: int = 0
     batch: int = 0
     world_size: int = 1
-    gradient_accumulation_steps: int = 1
     engine: str = "deepspeed"
     skipped_steps: int = 0
     interval_seconds: float = 0.0

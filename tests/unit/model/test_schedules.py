@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.model.schedules import LR_SCHEDULER_TYPES, gumbel_temperature, learning_rate
+from trainer.arguments import LR_SCHEDULER_TYPES
+from trainer.model.schedules import gumbel_temperature, learning_rate
 
 
 def _rate(step: int, kind: str = "linear", warmup: int = 10, total: int = 110) -> float:
