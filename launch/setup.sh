@@ -54,8 +54,6 @@ check_tools() {
         stop "$python is $("$python" -V), but 3.10 or newer is needed (Debian package: python3, of Debian 12 or newer); name one: PYTHON=... $0"
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         stop "$python has no venv module; install it (Debian package: python3-venv)"
-    command -v g++ >/dev/null ||
-        echo "g++ is missing (Debian package: g++); all works but DeepSpeed's CPU offload, which compiles an extension" >&2
 }
 
 make_venv() {

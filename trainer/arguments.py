@@ -97,10 +97,22 @@ class PretrainArguments:
 
     # --- model
     model_name_or_path: str | None = flag(
-        None, "Shipped size (demo, base, large), a folder with a config.json, or a Hub id; weights start fresh.",
-        group="model",
+        None, "Shipped size (demo, base, large, conformer_large), a folder with a config.json, or a Hub id; weights "
+        "start fresh unless --init_from is given.", group="model",
     )  # fmt: skip
     config_name: str | None = flag(None, "Model configuration to use instead of --model_name_or_path's.", group="model")
+    init_from: str | None = flag(
+        None, "Model folder or Hub id whose weights are the start; the optimizer starts fresh. Its configuration is "
+        "used unless --model_name_or_path or --config_name is given. Not read when a checkpoint is resumed.",
+        group="model",
+    )  # fmt: skip
+    allow_missing_head: bool = flag(
+        False, "Start quantizer, projections and mask vector fresh where --init_from has none.", group="model"
+    )
+    freeze_feature_encoder: bool = flag(
+        False, "Leave the convolutional front end as it is (under --bf16 and DeepSpeed: rounded to bfloat16 once).",
+        group="model",
+    )  # fmt: skip
     mask_time_prob: float | None = flag(
         None, "Share of frames that start the masked spans, times the span length. Not set: the model's.",
         group="model", rule=Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
@@ -116,6 +128,10 @@ class PretrainArguments:
     feature_grad_mult: float = flag(
         1.0, "Factor on the gradient of the convolutional front end (fairseq: 0.1 for base, 1 for large).",
         group="model", rule=POSITIVE,
+    )  # fmt: skip
+    global_diversity: bool = flag(
+        True, "Diversity loss and perplexities over the micro-batches of all ranks together, not of each alone.",
+        group="model",
     )  # fmt: skip
     max_gumbel_temperature: float = flag(2.0, "First temperature of the quantizer.", group="model", rule=POSITIVE)
     min_gumbel_temperature: float = flag(0.5, "Lowest temperature of the quantizer.", group="model", rule=POSITIVE)
@@ -347,10 +363,15 @@ def _conflicts(arguments: PretrainArguments) -> list[str]:
     problems = []
     for name in ("dataset_name", "output_dir", "model_name_or_path"):
         needed = name == "dataset_name" or not arguments.preprocessing_only
-        if name == "model_name_or_path" and arguments.config_name is not None:
+        if name == "model_name_or_path" and (arguments.config_name or arguments.init_from) is not None:
             needed = False
         if needed and getattr(arguments, name) is None:
             problems.append(f"{name} is not set; give --{name} or name it in a recipe.")
+    if arguments.allow_missing_head and arguments.init_from is None:
+        problems.append(
+            "allow_missing_head (True) is about the weights of init_from, which is not set; give --init_from or leave "
+            "--allow_missing_head out."
+        )
     if arguments.max_duration_in_seconds < arguments.min_duration_in_seconds:
         problems.append(
             f"max_duration_in_seconds ({arguments.max_duration_in_seconds}) must be at least min_duration_in_seconds "

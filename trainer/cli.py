@@ -19,6 +19,7 @@ Pre-train wav2vec 2.0 models on unlabelled speech.
 commands:
   pretrain   train a model, alone or on many ranks (trainer pretrain --help)
   convert    turn a run or a checkpoint into a save_pretrained folder (trainer convert --help)
+  doctor     check the installation: versions, GPUs, and that DeepSpeed gets gradients right on two ranks
 
 exit codes: 0 done, 2 wrong input, 3 the run went bad, 4 stopped on request with a checkpoint saved, 1 anything else
 """
@@ -33,7 +34,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return EXIT_DONE if words else EXIT_USER_ERROR
-    commands: dict[str, Callable[[list[str]], int]] = {"pretrain": _pretrain, "convert": _convert}
+    commands: dict[str, Callable[[list[str]], int]] = {"pretrain": _pretrain, "convert": _convert, "doctor": _doctor}
     if words[0] not in commands:
         return _complain(f"unknown command {words[0]!r}; there are {', '.join(commands)}.", EXIT_USER_ERROR)
     try:
@@ -92,6 +93,12 @@ def _convert(words: list[str]) -> int:
     from trainer.convert.arguments import main as convert_main
 
     return convert_main(words)
+
+
+def _doctor(words: list[str]) -> int:
+    from trainer.doctor import main as doctor_main
+
+    return doctor_main(words)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ FLAGS = [
     "--config=demo", f"--max_train_steps={NUM_UPDATES}", "--num_warmup_steps=4", "--logging_steps=1", "--eval_steps=30",
     "--saving_steps=20", "--save_total_limit=2", "--per_device_train_batch_size=2", "--max_batch_seconds=4",
     "--gradient_accumulation_steps=2", "--deepspeed=zero2", "--num_workers=1",
+    # so that a window may be split otherwise: over all ranks, the diversity of 2 x 2 micro-batches is not that of 1 x 4
+    "--global_diversity=false",
 ]  # fmt: skip
 
 LAUNCHERS: dict[str, list[str]] = {
@@ -226,7 +228,10 @@ def test_a_signal_to_one_rank_saves_and_asks_to_be_requeued(runs: Runs) -> None:
 
 def test_a_signal_to_the_launch_script_reaches_the_ranks(runs: Runs, tmp_path: Path) -> None:
     """`kill`, `timeout` and process managers signal the script alone; DeepSpeed's launcher would keep it to itself."""
-    arguments = [str(runs.data), *FLAGS, f"--cache_dir={tmp_path / 'cache'}", "--max_train_steps=100000"]
+    arguments = [
+        str(runs.data), *FLAGS, f"--cache_dir={tmp_path / 'cache'}", "--max_train_steps=100000",
+        "--global_diversity=true",
+    ]  # fmt: skip
     process = _start("bash", arguments, tmp_path / "log", NUM_RANKS="2", OUTPUT=str(tmp_path / "run"))
     try:
         _wait_for_update(tmp_path / "run", 2, process, tmp_path / "log")
@@ -307,6 +312,8 @@ def test_one_rank_that_accumulates_equals_two(runs: Runs, tmp_path: Path) -> Non
         for name in ("loss", "contrastive_loss", "code_perplexity"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        for name in ("learning_rate", "gumbel_temperature"):  # functions of the update alone
+            assert ours[name] == theirs[name], name
 
 
 def test_plain_pytorch_resumes_too(runs: Runs, tmp_path: Path) -> None:

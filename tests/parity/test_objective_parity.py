@@ -5,11 +5,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
+from transformers import (
+    Wav2Vec2Config,
+    Wav2Vec2ConformerConfig,
+    Wav2Vec2ConformerForPreTraining,
+    Wav2Vec2ForPreTraining,
+)
 
 from trainer.data.collate import Batch, MaskSettings, collate
 from trainer.data.frames import FrameGeometry
 from trainer.model.pretraining import LossTerms, PretrainingModel, build_model
+from trainer.model.sizes import ModelConfig
+
+Stock = Wav2Vec2ForPreTraining | Wav2Vec2ConformerForPreTraining
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -35,9 +43,14 @@ _STYLES: dict[str, dict[str, Any]] = {
     "base": {"feat_extract_norm": "group", "do_stable_layer_norm": False},
     "large": {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
 }
+_CONFORMER: dict[str, Any] = {"hidden_act": "swish", "conv_depthwise_kernel_size": 5, "conformer_conv_dropout": 0.0}
+_CONFORMER_STYLES: dict[str, dict[str, Any]] = {
+    "conformer_large": {"feat_extract_norm": "layer", "conv_bias": True, "position_embeddings_type": "relative"},
+    "conformer_rotary": {"position_embeddings_type": "rotary"},
+}
 
 
-def _batch(config: Wav2Vec2Config, num_utterances: int = 3, num_samples: int = 16_000) -> Batch:
+def _batch(config: ModelConfig, num_utterances: int = 3, num_samples: int = 16_000) -> Batch:
     rng = np.random.default_rng(0)
     waveforms = [rng.standard_normal(num_samples).astype(np.float32) for _ in range(num_utterances)]
     geometry = FrameGeometry(tuple(config.conv_kernel), tuple(config.conv_stride))
@@ -50,26 +63,31 @@ def _run_ours(model: PretrainingModel, batch: Batch, temperature: float = 2.0) -
     return terms
 
 
-def _run_stock(model: Wav2Vec2ForPreTraining, batch: Batch) -> Any:
+def _run_stock(model: Stock, batch: Batch) -> Any:
     """The stock forward, told the same masks and negatives in its own terms: flat positions in (B x T)."""
     num_frames = batch.mask.shape[1]
     negatives = torch.zeros(*batch.mask.shape, batch.negatives.shape[-1], dtype=torch.long)
     for row in range(len(batch.mask)):
         count = int(batch.target_valid[row].sum())
         frames = batch.target_frames[row, :count]
-        negatives[row, frames] = frames[batch.negatives[row, :count]] + row * num_frames
+        negatives[row, frames] = frames[batch.negatives[row, :count].long()] + row * num_frames
     return model(batch.input_values, mask_time_indices=batch.mask, sampled_negative_indices=negatives)
 
 
-def _pair(style: str) -> tuple[PretrainingModel, Wav2Vec2ForPreTraining, Batch]:
-    config = Wav2Vec2Config(**_SMALL, **_STYLES[style])
+def _pair(style: str) -> tuple[PretrainingModel, Stock, Batch]:
+    config: ModelConfig
+    if style in _STYLES:
+        config = Wav2Vec2Config(**_SMALL, **_STYLES[style])
+        stock: Stock = Wav2Vec2ForPreTraining(config)
+    else:
+        config = Wav2Vec2ConformerConfig(**_SMALL, **_CONFORMER, **_CONFORMER_STYLES[style])
+        stock = Wav2Vec2ConformerForPreTraining(config)
     ours = build_model(config, seed=1, feature_penalty_weight=0.0, feature_grad_mult=1.0)
-    stock = Wav2Vec2ForPreTraining(config)
     stock.load_state_dict(ours.state_dict())  # strict: the same names and shapes
     return ours, stock, _batch(config)
 
 
-def _assert_equal(ours: PretrainingModel, stock: Wav2Vec2ForPreTraining, terms: LossTerms, expected: Any) -> None:
+def _assert_equal(ours: PretrainingModel, stock: Stock, terms: LossTerms, expected: Any) -> None:
     torch.testing.assert_close(terms.loss, expected.loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(terms.contrastive_loss, expected.contrastive_loss.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(terms.diversity_loss, expected.diversity_loss.detach(), rtol=1e-5, atol=1e-5)
@@ -84,7 +102,7 @@ def _assert_equal(ours: PretrainingModel, stock: Wav2Vec2ForPreTraining, terms: 
         assert (ours_grad - reference).norm() <= 1e-5 * norm, name
 
 
-@pytest.mark.parametrize("style", _STYLES)
+@pytest.mark.parametrize("style", [*_STYLES, *_CONFORMER_STYLES])
 def test_training_loss_and_gradients_equal_stock(style: str) -> None:
     ours, stock, batch = _pair(style)
     ours.train()
@@ -105,7 +123,7 @@ def _noiseless(logits: torch.Tensor, tau: float = 1.0, hard: bool = False) -> to
     return one_hot + (soft - soft.detach()) if hard else soft
 
 
-@pytest.mark.parametrize("style", _STYLES)
+@pytest.mark.parametrize("style", [*_STYLES, *_CONFORMER_STYLES])
 def test_evaluation_loss_equals_stock(style: str) -> None:
     ours, stock, batch = _pair(style)
     ours.train(False)
@@ -125,15 +143,16 @@ def test_feature_penalty_and_gradient_factor_follow_fairseq() -> None:
     terms, with_penalty = _run_ours(plain, batch), _run_ours(scaled, batch)
     expected = terms.loss + 10.0 * terms.feature_penalty
     torch.testing.assert_close(with_penalty.loss, expected)
+    squares = plain.backbone.feature_extractor(batch.input_values).pow(2).mean(dim=(1, 2))
     penalty_only = torch.autograd.grad(
-        plain.wav2vec2.feature_extractor(batch.input_values).pow(2).mean() * batch.num_targets,
-        list(plain.wav2vec2.feature_extractor.parameters()),
+        (squares * batch.target_valid.sum(dim=1)).sum(),
+        list(plain.backbone.feature_extractor.parameters()),
     )
     terms.loss.backward()
     with_penalty.loss.backward()
     for (name, p), q, extra in zip(
-        plain.wav2vec2.feature_extractor.named_parameters(),
-        scaled.wav2vec2.feature_extractor.parameters(),
+        plain.backbone.feature_extractor.named_parameters(),
+        scaled.backbone.feature_extractor.parameters(),
         penalty_only,
         strict=True,
     ):

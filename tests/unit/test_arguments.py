@@ -68,7 +68,7 @@ def test_the_stock_command_line_is_understood() -> None:
     assert arguments.gradient_checkpointing and arguments.adam_epsilon == 1e-6
 
 
-@pytest.mark.parametrize("recipe", ["demo", "base", "large"])
+@pytest.mark.parametrize("recipe", ["demo", "base", "large", "conformer_large"])
 def test_shipped_recipes_parse(recipe: str) -> None:
     assert recipe in shipped_recipes()
     arguments = parse_arguments([f"--config={recipe}", "--dataset_name=speech", "--output_dir=run"])
@@ -79,6 +79,18 @@ def test_large_has_the_published_schedule() -> None:
     arguments = parse_arguments(["--config=large", "--dataset_name=speech", "--output_dir=run"])
     assert (arguments.learning_rate, arguments.num_warmup_steps, arguments.max_train_steps) == (3e-4, 20_000, 250_000)
     assert (arguments.max_gumbel_temperature, arguments.min_gumbel_temperature) == (2.0, 0.1)
+
+
+def test_the_conformer_has_the_schedule_of_its_published_file() -> None:
+    arguments = parse_arguments(["--config=conformer_large", "--dataset_name=speech", "--output_dir=run"])
+    assert (arguments.learning_rate, arguments.num_warmup_steps) == (5e-3, 32_000)
+    assert arguments.max_train_steps == 1_000_000
+
+
+def test_a_start_from_other_weights_brings_its_own_configuration() -> None:
+    arguments = parse_arguments(["--dataset_name=speech", "--output_dir=run", "--init_from=owner/name"])
+    assert arguments.model_name_or_path is None and not arguments.allow_missing_head
+    assert parse_arguments([*NEEDED, "--init_from=x", "--allow_missing_head"]).allow_missing_head
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
@@ -130,6 +142,8 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         (["--bf16=perhaps"], "bf16"),
         (["--adam_beta2=1.0"], "adam_beta2"),
         (["--output_dir="], "output_dir is empty"),
+        (["--init_from="], "init_from is empty"),
+        (["--allow_missing_head"], "allow_missing_head .* give --init_from or leave"),
     ],
 )
 def test_mistakes_are_named(flags: list[str], part: str) -> None:

@@ -99,6 +99,16 @@ def test_an_unknown_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert "did you mean large?" in _complaint(capsys)
 
 
+def test_a_start_from_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for field in ("--model_name_or_path=demo", "--config_name=demo"):
+        assert _pretrain(field, f"--init_from={tmp_path / 'missing'}", out=str(tmp_path / "run")) == 2
+        assert f"init_from ({tmp_path / 'missing'}) does not exist" in _complaint(capsys)
+    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    assert _pretrain(f"--init_from={tmp_path}", out=str(tmp_path / "run")) == 2
+    assert f"python -m trainer convert {tmp_path} OUT" in _complaint(capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_from_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _pretrain(f"--resume={tmp_path}", out=str(tmp_path / "run")) == 2
     assert "complete checkpoint" in _complaint(capsys)

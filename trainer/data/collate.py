@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.data.frames import FrameGeometry
 from trainer.data.index import Skipped
-from trainer.data.masking import sample_negatives, span_mask, utterance_rng
+from trainer.data.masking import draw_masks, utterance_rng
 
 _MASK_PURPOSE = 0  # the crop of an utterance draws from purpose 1, see loader.py
 
@@ -24,11 +24,14 @@ class Batch(NamedTuple):
     mask: Tensor
     """True where a frame is masked, [B, T] bool."""
     target_frames: Tensor
-    """Positions of the masked frames of each row in 0 .. T - 1, [B, M] int64; 0 where not valid."""
+    """Positions of the masked frames of each row in 0 .. T - 1, in random order, [B, M] int64; 0 where not valid."""
     target_valid: Tensor
     """False where a row has fewer than M masked frames, [B, M] bool."""
     negatives: Tensor
-    """For each masked frame, indices into the M axis of the same row, [B, M, K] int64; 0 where not valid."""
+    """For each masked frame, indices into the M axis of the same row, [B, M, K] int16; 0 where not valid.
+
+    Torch indexes with int64 only. A view whose M axis is the contiguous one, see masking.py.
+    """
     num_targets: int
     """Masked frames in the batch."""
     skipped: tuple[Skipped, ...] = ()
@@ -37,7 +40,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """How much is masked and contrasted: the arguments of ``span_mask`` and ``sample_negatives``."""
+    """How much is masked and contrasted: arguments of ``draw_masks``."""
 
     mask_prob: float
     mask_length: int
@@ -61,30 +64,21 @@ def collate(
         utterances: their utterance ids.
 
     Raises:
-        ValueError: S samples give fewer than 2 frames.
+        ValueError: S samples give fewer than 2 frames, or more than 32,767 masked ones.
     """
-    num_frames = geometry.num_frames(len(waveforms[0]))
-    masks, targets, negatives = [], [], []
-    for utterance in utterances:
-        rng = utterance_rng(seed, epoch, utterance, _MASK_PURPOSE)
-        mask = span_mask(rng, num_frames, mask_settings.mask_prob, mask_settings.mask_length)
-        masks.append(mask)
-        targets.append(np.flatnonzero(mask))
-        negatives.append(sample_negatives(rng, len(targets[-1]), mask_settings.num_negatives))
-    counts = np.array([len(frames) for frames in targets])  # [B]
+    rngs = [utterance_rng(seed, epoch, utterance, _MASK_PURPOSE) for utterance in utterances]
+    masked = draw_masks(
+        rngs,
+        geometry.num_frames(len(waveforms[0])),
+        mask_settings.mask_prob,
+        mask_settings.mask_length,
+        mask_settings.num_negatives,
+    )
     return Batch(
         input_values=torch.from_numpy(np.stack(waveforms)),
-        mask=torch.from_numpy(np.stack(masks)),
-        target_frames=torch.from_numpy(_pad(targets)),
-        target_valid=torch.from_numpy(np.arange(counts.max()) < counts[:, None]),
-        negatives=torch.from_numpy(_pad(negatives)),
-        num_targets=int(counts.sum()),
+        mask=torch.from_numpy(masked.mask),
+        target_frames=torch.from_numpy(masked.target_frames),
+        target_valid=torch.from_numpy(masked.target_valid),
+        negatives=torch.from_numpy(masked.negatives),
+        num_targets=int(masked.num_targets.sum()),
     )
-
-
-def _pad(rows: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """Stack arrays that differ in their first axis, filled up with 0."""
-    padded = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), dtype=np.int64)
-    for row, values in zip(padded, rows, strict=True):
-        row[: len(values)] = values
-    return padded

@@ -24,21 +24,7 @@ class Quantized(NamedTuple):
 
     vectors: Tensor  # [N, G x d], the chosen codewords, straight-through
     codes: Tensor  # [N], one integer per combination of chosen codewords
-    prob_perplexity: Tensor  # scalar, differentiable: of the averaged softmax, summed over groups
-    code_perplexity: Tensor  # scalar: of the chosen codewords, summed over groups
-
-
-def masked_perplexity(probs: Tensor, valid: Tensor) -> Tensor:
-    """Perplexity of the mean distribution over valid frames, summed over groups (equation 4 uses its entropy).
-
-    `probs` is `[N, G, V]`, `valid` `[N]`; the result lies between G (collapse) and G x V (uniform use).
-    """
-    weights = valid.to(probs.dtype)
-    # sum() adds pairwise; as a matmul this was wrong in the fourth digit for 20,000 frames
-    mean = (probs * weights[:, None, None]).sum(dim=0) / weights.sum().clamp(min=1)  # [G, V]
-    # the clamp changes no value (0 x log is 0 either way) but keeps the gradient of a codeword nobody chose finite
-    logarithm = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
-    return torch.exp(-(mean * logarithm).sum(dim=-1)).sum()
+    usage: Tensor  # [2, G, V], sums over valid frames: of the softmax (differentiable) and of the most likely codeword
 
 
 def quantize(logits: Tensor, codebook: Tensor, valid: Tensor, temperature: float | None) -> Quantized:
@@ -50,20 +36,45 @@ def quantize(logits: Tensor, codebook: Tensor, valid: Tensor, temperature: float
     """
     logits = logits.float()  # [N, G, V]
     num_frames, num_groups, num_vars = logits.shape
-    soft = logits.softmax(dim=-1)
-    if temperature is None:
-        chosen = functional.one_hot(logits.argmax(dim=-1), num_vars).to(logits.dtype)
-    else:
-        chosen = functional.gumbel_softmax(logits, tau=temperature, hard=True)
+    best = functional.one_hot(logits.argmax(dim=-1), num_vars).to(logits.dtype)
+    chosen = best if temperature is None else functional.gumbel_softmax(logits, tau=temperature, hard=True)
     vectors = torch.einsum("ngv,gvd->ngd", chosen.to(codebook.dtype), codebook)  # [N, G, d]
     powers = num_vars ** torch.arange(num_groups, device=logits.device)  # [G]
-    best = functional.one_hot(logits.argmax(dim=-1), num_vars).to(logits.dtype)
+    weights = valid.to(logits.dtype)[:, None, None]  # [N, 1, 1]
+    # sum() adds pairwise; as a matmul this was wrong in the fourth digit for 20,000 frames
+    usage = torch.stack([(logits.softmax(dim=-1) * weights).sum(dim=0), (best * weights).sum(dim=0)])
     return Quantized(
         vectors=vectors.reshape(num_frames, -1),
         codes=(chosen.detach().argmax(dim=-1) * powers).sum(dim=-1),
-        prob_perplexity=masked_perplexity(soft, valid),
-        code_perplexity=masked_perplexity(best, valid),
+        usage=usage,
     )
+
+
+def perplexity(usage: Tensor, num_frames: Tensor) -> Tensor:
+    """Perplexity of the mean use of codewords, summed over groups (equation 4 uses its entropy).
+
+    `usage` `[..., G, V]` holds sums over `num_frames` (scalar); the result `[...]` lies between G (collapse) and G x V
+    (uniform use).
+    """
+    mean = usage / num_frames.clamp(min=1)  # [..., G, V]
+    # the clamp changes no value (0 x log is 0 either way) but keeps the gradient of a codeword nobody chose finite
+    logarithm = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
+    return torch.exp(-(mean * logarithm).sum(dim=-1)).sum(dim=-1)
+
+
+def usage_over_ranks(usage: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+    """`usage` and `num_frames` summed over all ranks by one all-reduce; the gradient needs none.
+
+    Let S_r be the usage and n_r the frames of rank r, S and N their sums, and D the diversity loss of S / N. All ranks
+    together add L = sum_r n_r D(S / N) = N D(S / N) to the objective, so dL/dS_r = D'(S / N): the same on every rank.
+    Rank r differentiates its own term n_r D(S / N) alone and would get (n_r / N) D'(S / N); the factor N / n_r put on
+    its gradient here makes up for the terms of the others. Every rank must call it.
+    """
+    told = torch.cat([usage.detach().flatten(), num_frames.detach().view(1)])
+    torch.distributed.all_reduce(told)
+    total, total_frames = told[:-1].view_as(usage), told[-1]
+    own_gradient = (usage - usage.detach()) * (total_frames / num_frames.clamp(min=1))  # its value is 0
+    return total + own_gradient, total_frames
 
 
 def contrastive_sums(
@@ -82,6 +93,7 @@ def contrastive_sums(
         targets = functional.normalize(targets.float(), dim=-1)
         similarities = torch.matmul(predictions, targets.transpose(1, 2)) / temperature  # [B, M, M]
     positive = similarities.diagonal(dim1=1, dim2=2).unsqueeze(-1)  # [B, M, 1]
+    negatives = negatives.long()  # batches carry int16
     distractors = similarities.gather(2, negatives)  # [B, M, K]
     batch_size, num_frames, num_negatives = negatives.shape
     negative_codes = codes.gather(1, negatives.reshape(batch_size, -1)).view(batch_size, num_frames, num_negatives)

@@ -1,14 +1,23 @@
-"""wav2vec 2.0 for pre-training: transformers' model and parameter names, our forward pass and loss head."""
+"""wav2vec 2.0 for pre-training: transformers' models and parameter names, our forward pass and loss head."""
 
+import contextlib
 import copy
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
+from transformers import (
+    PreTrainedModel,
+    Wav2Vec2Config,
+    Wav2Vec2ConformerConfig,
+    Wav2Vec2ConformerForPreTraining,
+    Wav2Vec2ForPreTraining,
+)
 
-from trainer.model.objective import contrastive_sums, quantize
+from trainer.model.objective import contrastive_sums, perplexity, quantize, usage_over_ranks
+from trainer.model.sizes import ModelConfig
 
 
 class LossTerms(NamedTuple):
@@ -28,26 +37,66 @@ class LossTerms(NamedTuple):
     prob_perplexity: Tensor
 
 
-class PretrainingModel(Wav2Vec2ForPreTraining):
-    """`Wav2Vec2ForPreTraining` with the same parameters under the same names and a forward made for training.
+class PretrainingModel(PreTrainedModel):
+    """A forward made for training over the parameters, under their names, of one of transformers' two `ForPreTraining`.
 
     `feature_penalty_weight` and `feature_grad_mult` are fairseq's `loss_weights[1]` and `feature_grad_mult`, which
-    transformers leaves out. The methods below take what `trainer.data.collate.Batch` holds.
+    transformers leaves out. With `global_diversity` the diversity loss and both perplexities of a training micro-batch
+    are those of all ranks together; validation takes them per micro-batch, so it does not depend on the world size.
+    The methods below take what `trainer.data.collate.Batch` holds.
     """
 
+    config: ModelConfig
+    quantizer: Any
+    project_hid: nn.Linear
+    project_q: nn.Linear
+    dropout_features: nn.Dropout
+
     def __init__(
-        self, config: Wav2Vec2Config, *, feature_penalty_weight: float = 0.0, feature_grad_mult: float = 1.0
+        self,
+        config: ModelConfig,
+        *,
+        feature_penalty_weight: float = 0.0,
+        feature_grad_mult: float = 1.0,
+        global_diversity: bool = True,
     ) -> None:
         super().__init__(config)
         self.feature_penalty_weight = feature_penalty_weight
         self.feature_grad_mult = feature_grad_mult
+        self.global_diversity = global_diversity
         self.dropped_layers: frozenset[int] = frozenset()
         # transformers draws LayerDrop from each rank's own generator and, under ZeRO-3, keeps every layer. Its draw is
         # turned off in a copy of the config (the saved one keeps its value); ours comes in as `dropped_layers`.
-        self.wav2vec2.encoder.config = copy.copy(config)
-        self.wav2vec2.encoder.config.layerdrop = 0.0
-        for index, layer in enumerate(self.wav2vec2.encoder.layers):
+        encoder = self.backbone.encoder
+        encoder.config = copy.copy(config)
+        encoder.config.layerdrop = 0.0
+        for index, layer in enumerate(encoder.layers):
             layer.register_forward_hook(self._layer_drop_hook(index))
+
+    @property
+    def backbone(self) -> Any:
+        """transformers' `Wav2Vec2Model` or `Wav2Vec2ConformerModel`."""
+        return self.base_model
+
+    def freeze_feature_encoder(self) -> None:
+        """Leave the convolutional front end as it is: no gradients, so no optimizer either."""
+        self.backbone.freeze_feature_encoder()
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in backward; a conformer's running statistics count each micro-batch once all the same.
+
+        Non-reentrant: the reentrant kind needs inputs with gradients and does not go with ZeRO's hooks.
+        """
+        how = {
+            "use_reentrant": False,
+            "context_fn": lambda: (contextlib.nullcontext(), _keep_running_statistics(self)),
+        }
+        if hasattr(
+            self, "activation_checkpointing_enable"
+        ):  # its name since transformers 5.23, where the old one warns
+            self.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+        else:
+            cast(Any, self).gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
     def _layer_drop_hook(self, index: int) -> Any:
         """Run-and-discard LayerDrop: a dropped layer still runs, so all ranks gather and reduce the same parameters."""
@@ -81,11 +130,11 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         """
         self.dropped_layers = frozenset(dropped_layers)
         features, penalty = self._features(input_values)  # [B, T, C]
-        hidden_states, normed = self.wav2vec2.feature_projection(features)  # [B, T, H], [B, T, C]
+        hidden_states, normed = self.backbone.feature_projection(features)  # [B, T, H], [B, T, C]
         hidden_states = torch.where(
-            mask.unsqueeze(-1), self.wav2vec2.masked_spec_embed.to(hidden_states.dtype), hidden_states
+            mask.unsqueeze(-1), self.backbone.masked_spec_embed.to(hidden_states.dtype), hidden_states
         )
-        encoded = self.wav2vec2.encoder(hidden_states).last_hidden_state  # [B, T, H]
+        encoded = self.backbone.encoder(hidden_states).last_hidden_state  # [B, T, H]
 
         predictions = self.project_hid(_take_frames(encoded, target_frames))  # [B, M, D]
         candidates = self.dropout_features(_take_frames(normed, target_frames))  # [B, M, C]
@@ -94,13 +143,15 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         )
 
     def _features(self, input_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Convolutional features `[B, T, C]` and their mean square (the feature penalty, fairseq's `features_pen`)."""
+        """Convolutional features `[B, T, C]` and their mean squares `[B]` (the penalty, fairseq's `features_pen`)."""
         # the waveform stays fp32 up to here: DeepSpeed casts the model to bf16 but not what goes into it
-        dtype = next(self.wav2vec2.feature_extractor.parameters()).dtype
-        features = self.wav2vec2.feature_extractor(input_values.to(dtype))  # [B, C, T]
+        dtype = next(self.backbone.feature_extractor.parameters()).dtype
+        features = self.backbone.feature_extractor(input_values.to(dtype))  # [B, C, T]
         if self.feature_grad_mult != 1.0 and features.requires_grad:
             features.register_hook(lambda gradient: gradient * self.feature_grad_mult)
-        return features.transpose(1, 2), features.float().pow(2).mean()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.feature_penalty_weight > 0):
+            penalty = features.float().square().mean(dim=(1, 2))  # [B]
+        return features.transpose(1, 2), penalty
 
     def _loss_terms(
         self,
@@ -111,7 +162,11 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
         penalty: Tensor,
         gumbel_temperature: float | None,
     ) -> LossTerms:
-        """Quantize the candidates and sum the three losses; each mean is multiplied by the count, as fairseq does."""
+        """Quantize the candidates and sum the three losses; each mean is multiplied by the count, as fairseq does.
+
+        The penalty of each utterance counts as often as its targets, so it does not depend on who shares its batch;
+        fairseq takes the mean over the batch, the same for equal numbers of targets.
+        """
         config = self.config
         batch_size, num_frames, _ = candidates.shape
         num_groups, num_vars = config.num_codevector_groups, config.num_codevectors_per_group
@@ -131,9 +186,13 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
             config.contrastive_logits_temperature,
         )
         num_targets = valid.sum().float()
+        usage, num_frames_used = quantized.usage, num_targets
+        if self.global_diversity and self.training and _num_ranks() > 1:
+            usage, num_frames_used = usage_over_ranks(usage, num_targets)
+        prob_perplexity, code_perplexity = perplexity(usage, num_frames_used)
         num_codewords = num_groups * num_vars
-        diversity = (num_codewords - quantized.prob_perplexity) / num_codewords * num_targets
-        feature_penalty = penalty * num_targets
+        diversity = (num_codewords - prob_perplexity) / num_codewords * num_targets
+        feature_penalty = (penalty * valid.sum(dim=1)).sum()
         loss = contrastive.loss + config.diversity_loss_weight * diversity
         if self.feature_penalty_weight:
             loss = loss + self.feature_penalty_weight * feature_penalty
@@ -144,9 +203,103 @@ class PretrainingModel(Wav2Vec2ForPreTraining):
             feature_penalty=feature_penalty.detach(),
             num_correct=contrastive.num_correct,
             num_targets=num_targets,
-            code_perplexity=(quantized.code_perplexity * num_targets).detach(),
-            prob_perplexity=(quantized.prob_perplexity * num_targets).detach(),
+            code_perplexity=(code_perplexity * num_targets).detach(),
+            prob_perplexity=(prob_perplexity * num_targets).detach(),
         )
+
+
+class Wav2Vec2PretrainingModel(PretrainingModel, Wav2Vec2ForPreTraining):
+    """`Wav2Vec2ForPreTraining` as a `PretrainingModel`."""
+
+    config: Wav2Vec2Config
+
+
+class ConformerPretrainingModel(PretrainingModel, Wav2Vec2ConformerForPreTraining):
+    """`Wav2Vec2ConformerForPreTraining` as a `PretrainingModel`.
+
+    The convolution of each conformer layer has a batch norm (Gulati et al. 2020, section 2.2), as fairseq's has. While
+    training it takes mean and variance over one micro-batch of one rank, so unlike those of the other family, a
+    conformer's losses and gradients depend on how a window is split over ranks and micro-batches. Each rank keeps
+    running statistics of its own (`running_statistics`); validation and the saved model use them.
+    """
+
+    config: Wav2Vec2ConformerConfig
+
+    def __init__(self, config: Wav2Vec2ConformerConfig, **options: Any) -> None:
+        super().__init__(config, **options)
+        for layer in self.backbone.encoder.layers:
+            layer.conv_module.batch_norm = _BatchNorm(config.hidden_size)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ConformerPretrainingModel":
+        """Move and cast as usual, but leave buffers in fp32.
+
+        DeepSpeed casts them in ZeRO-1 and 2 and not in 3. In bfloat16 running statistics stop moving some percent away
+        from their aim, and rotary positions above 256 are no longer told apart.
+        """
+        before = dict(self.named_buffers())
+        cast(Any, super())._apply(fn, recurse)
+        for name, buffer in before.items():
+            owner, _, attribute = name.rpartition(".")
+            now = self.get_buffer(name)
+            if now.dtype != buffer.dtype:
+                setattr(self.get_submodule(owner), attribute, buffer.to(now.device))
+        return self
+
+
+class _BatchNorm(nn.BatchNorm1d):
+    """Batch norm in fp32, whatever type its input and, cast by DeepSpeed, its weights have; the output is as the input.
+
+    PyTorch takes fp32 statistics only together with fp32 weights.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` `[B, C, T]`."""
+        if self.training:
+            cast(Tensor, self.num_batches_tracked).add_(1)
+        return nn.functional.batch_norm(
+            input, self.running_mean, self.running_var, self.weight.float(), self.bias.float(), self.training,
+            self.momentum or 0.0, self.eps,
+        )  # fmt: skip
+
+
+def model_class(config: ModelConfig) -> type[PretrainingModel]:
+    """The class of the configuration's family."""
+    return ConformerPretrainingModel if isinstance(config, Wav2Vec2ConformerConfig) else Wav2Vec2PretrainingModel
+
+
+def freeze_unused(model: PretrainingModel) -> None:
+    """Ask for no gradient of what transformers makes and saves and never uses: a conformer's positional convolution.
+
+    It would get none, which DistributedDataParallel waits for, and ZeRO would decay it.
+    """
+    if isinstance(model, ConformerPretrainingModel):
+        model.backbone.encoder.pos_conv_embed.requires_grad_(False)
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Running means and variances of the batch norms: what ranks have to average before validating or saving."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+    return [cast(Tensor, statistic) for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+
+
+@contextlib.contextmanager
+def _keep_running_statistics(model: nn.Module) -> Iterator[None]:
+    """Run batch norms once more over what they have seen before."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+    momenta = [norm.momentum for norm in norms]
+    counts = [cast(Tensor, norm.num_batches_tracked).clone() for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+            norm.momentum = momentum
+            cast(Tensor, norm.num_batches_tracked).copy_(count)
+
+
+def _num_ranks() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def _take_frames(sequence: Tensor, frames: Tensor) -> Tensor:
@@ -155,27 +308,37 @@ def _take_frames(sequence: Tensor, frames: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def initialise_positional_conv(model: Wav2Vec2ForPreTraining) -> None:
+def initialise_positional_conv(model: PretrainingModel) -> None:
     """Draw the positional convolution from N(0, 4 / (kernel x channels)) as fairseq does; its bias is zero.
 
     transformers writes these values into a temporary of the weight-norm parametrization, where they are lost, so the
     layer keeps PyTorch's default. Assigning to the parametrized weight stores direction and magnitude instead.
     """
-    conv = model.wav2vec2.encoder.pos_conv_embed.conv
-    assert conv.bias is not None
+    conv = model.backbone.encoder.pos_conv_embed.conv
     std = math.sqrt(4.0 / (conv.kernel_size[0] * conv.in_channels))
     conv.weight = torch.randn_like(conv.weight) * std
     conv.bias.zero_()
 
 
 def build_model(
-    config: Wav2Vec2Config, *, seed: int, feature_penalty_weight: float, feature_grad_mult: float
+    config: ModelConfig,
+    *,
+    seed: int,
+    feature_penalty_weight: float = 0.0,
+    feature_grad_mult: float = 1.0,
+    global_diversity: bool = True,
 ) -> PretrainingModel:
     """A freshly initialised model on the CPU in fp32; the same on every rank for the same seed.
 
     Call it before an `Accelerator` exists: `zero.Init` cannot build Wav2Vec2, DeepSpeed partitions it afterwards.
     """
     torch.manual_seed(seed)
-    model = PretrainingModel(config, feature_penalty_weight=feature_penalty_weight, feature_grad_mult=feature_grad_mult)
+    model = model_class(config)(
+        config,
+        feature_penalty_weight=feature_penalty_weight,
+        feature_grad_mult=feature_grad_mult,
+        global_diversity=global_diversity,
+    )
     initialise_positional_conv(model)
+    freeze_unused(model)
     return model

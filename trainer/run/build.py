@@ -4,10 +4,9 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import torch
-from transformers import Wav2Vec2Config
 
 from trainer.arguments import PretrainArguments
 from trainer.data.batching import epoch_batches
@@ -15,9 +14,10 @@ from trainer.data.collate import MaskSettings
 from trainer.data.frames import FrameGeometry
 from trainer.errors import RunWentBad, UserError
 from trainer.layout import METRICS_FILE, SKIPPED_FILE
+from trainer.model.initial_weights import check_initial_weights, load_initial_weights
 from trainer.model.optim import build_optimizer
-from trainer.model.pretraining import build_model
-from trainer.model.sizes import load_model_config
+from trainer.model.pretraining import PretrainingModel, build_model
+from trainer.model.sizes import ModelConfig, load_model_config
 from trainer.run.checkpoint import TrainerState, read_state, set_aside
 from trainer.run.corpus import Corpus, SkippedLog, batching_of, describe, fingerprint, open_corpus
 from trainer.run.ds_config import load_ds_config, resolve_ds_config
@@ -30,11 +30,13 @@ from trainer.run.run_folder import (
     check_model_matches,
     check_resumable,
     check_run_folder,
+    check_same_frozen,
     create_run_folder,
     lock_run_folder,
     sees_settings,
     write_settings,
 )
+from trainer.run.self_check import check_gradient_scale
 from trainer.run.signals import StopRequest
 from trainer.run.trackers import check_tracker, start_tracker
 
@@ -56,10 +58,10 @@ def pretrain(arguments: PretrainArguments) -> int:
 def build(arguments: PretrainArguments) -> Run | None:
     """Put a run together, resumed where asked; None when `--preprocessing_only` is done. Raises `UserError`."""
     check_tracker(arguments.report_to)
-    config = _model_config(arguments)
-    geometry = FrameGeometry(tuple(config.conv_kernel), tuple(config.conv_stride))
     ds_config = _ds_config(arguments)
-    place = None if arguments.preprocessing_only else _find_place(arguments, config, ds_config)
+    place = None if arguments.preprocessing_only else _find_place(arguments, ds_config)
+    config = _model_config(arguments, None if place is None else place.checkpoint)
+    geometry = FrameGeometry(tuple(config.conv_kernel), tuple(config.conv_stride))
     corpus = open_corpus(arguments, geometry, progress=is_main_process())
     _say(describe(corpus))
     if place is None:
@@ -68,7 +70,9 @@ def build(arguments: PretrainArguments) -> Run | None:
     place.lock = lock_run_folder(place.folder) if is_main_process() else None
     stop = StopRequest()
     stop.install()
-    engine = _build_engine(arguments, config, ds_config, place.folder)
+    engine = _build_engine(arguments, config, ds_config, place)
+    if ds_config is not None:
+        check_gradient_scale(engine, ds_config)
     if not engine.same_on_all_ranks(fingerprint(corpus)):
         raise UserError(
             f"dataset_name ({arguments.dataset_name}) does not hold the same audio for all ranks: rank {engine.rank} "
@@ -116,7 +120,7 @@ class _Place:
     lock: TextIO | None = None
 
 
-def _find_place(arguments: PretrainArguments, config: Wav2Vec2Config, ds_config: dict[str, Any] | None) -> _Place:
+def _find_place(arguments: PretrainArguments, ds_config: dict[str, Any] | None) -> _Place:
     """The run folder and the checkpoint to resume from, checked against this launch; nothing is created yet."""
     folder, checkpoint = check_run_folder(arguments)
     if checkpoint is None:
@@ -124,23 +128,20 @@ def _find_place(arguments: PretrainArguments, config: Wav2Vec2Config, ds_config:
             _say(f"no checkpoint in {folder} yet; starting at update 0")
         return _Place(folder, None, TrainerState())
     state = read_state(checkpoint)
-    check_model_matches(checkpoint, config)
     check_resumable(state, checkpoint, launched_ranks(), "plain" if ds_config is None else "deepspeed")
+    check_same_frozen(state, checkpoint, arguments.freeze_feature_encoder)
     return _Place(folder, checkpoint, state)
 
 
 def _build_engine(
-    arguments: PretrainArguments, config: Wav2Vec2Config, ds_config: dict[str, Any] | None, folder: Path
+    arguments: PretrainArguments, config: ModelConfig, ds_config: dict[str, Any] | None, place: _Place
 ) -> Engine:
     """Model and optimizer on the CPU, then the process group, then both handed over."""
-    model = build_model(
-        config,
-        seed=arguments.seed,
-        feature_penalty_weight=arguments.feature_penalty_weight,
-        feature_grad_mult=arguments.feature_grad_mult,
-    )
+    model = _build_model(arguments, config, resumed=place.checkpoint is not None)
+    if arguments.freeze_feature_encoder:
+        model.freeze_feature_encoder()
     if arguments.gradient_checkpointing:
-        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.checkpoint_activations()
     optimizer = build_optimizer(
         model,
         learning_rate=arguments.learning_rate,
@@ -155,7 +156,27 @@ def _build_engine(
         bf16=arguments.bf16,
         max_grad_norm=arguments.max_grad_norm,
         log_with=None if arguments.report_to == "none" else arguments.report_to,
-        project_folder=folder,
+        project_folder=place.folder,
+    )
+
+
+def _build_model(arguments: PretrainArguments, config: ModelConfig, *, resumed: bool) -> PretrainingModel:
+    """With fresh weights, or those of `--init_from`, which is not needed where a checkpoint is loaded afterwards."""
+    options: dict[str, Any] = {
+        "feature_penalty_weight": arguments.feature_penalty_weight,
+        "feature_grad_mult": arguments.feature_grad_mult,
+        "global_diversity": arguments.global_diversity,
+    }
+    if arguments.init_from is None or resumed:
+        return build_model(config, seed=arguments.seed, **options)
+    return load_initial_weights(
+        arguments.init_from,
+        config,
+        seed=arguments.seed,
+        cache_dir=arguments.cache_dir,
+        allow_missing_head=arguments.allow_missing_head,
+        say=_say,
+        **options,
     )
 
 
@@ -183,6 +204,7 @@ def _restore(engine: Engine, place: _Place, arguments: PretrainArguments) -> Tot
     if place.checkpoint is not None:
         _say(f"resuming from {place.checkpoint}")
     place.state.world_size, place.state.engine = engine.world_size, engine.name
+    place.state.freeze_feature_encoder = arguments.freeze_feature_encoder
     return totals
 
 
@@ -195,13 +217,28 @@ def _check_same_checkpoint(engine: Engine, place: _Place) -> None:
         )
 
 
-def _model_config(arguments: PretrainArguments) -> Wav2Vec2Config:
-    return load_model_config(
-        arguments.config_name or arguments.model_name_or_path or "base",
+def _model_config(arguments: PretrainArguments, checkpoint: Path | None) -> ModelConfig:
+    """The configuration that was asked for, checked against what is resumed or started from. Raises `UserError`."""
+    source, field = arguments.config_name or arguments.model_name_or_path or "base", "model_name_or_path"
+    if arguments.config_name is not None:
+        field = "config_name"
+    elif arguments.model_name_or_path is None and checkpoint is not None:
+        source, field = str(checkpoint), "resume"  # what --init_from names may be gone by now
+    elif arguments.model_name_or_path is None and arguments.init_from is not None:
+        source, field = arguments.init_from, "init_from"
+    config = load_model_config(
+        source,
         cache_dir=arguments.cache_dir,
         mask_time_prob=arguments.mask_time_prob,
         mask_time_length=arguments.mask_time_length,
+        say=_say,
+        field=field,
     )
+    if checkpoint is not None:
+        check_model_matches(checkpoint, config)
+    elif arguments.init_from is not None:
+        check_initial_weights(arguments.init_from, config, cache_dir=arguments.cache_dir)
+    return config
 
 
 def _ds_config(arguments: PretrainArguments) -> dict[str, Any] | None:

@@ -33,6 +33,7 @@ class TrainerState:
     batch: int = 0
     world_size: int = 1
     engine: str = "deepspeed"
+    freeze_feature_encoder: bool = False
     skipped_steps: int = 0
     interval_seconds: float = 0.0
     validation_due: bool = False

@@ -124,6 +124,8 @@ def resolve_ds_config(
         *_own(config, "gradient_allreduce_op", "mean", "the loop"),
         *_own(config, "managed_gradient_accumulation", True, "the loop"),
     ]
+    # On offloaded states torch's fused AdamW is as fast as DeepSpeed's and needs no compiler; true brings DeepSpeed's.
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
     problems += [
         f'{path} is "auto", which nothing fills in; write a value or remove it.'
         for path in _auto_paths(config)

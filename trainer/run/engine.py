@@ -14,12 +14,20 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DeepSpeedOptimizerWrapper,
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainer.errors import UserError
 from trainer.layout import DEEPSPEED_FOLDER, PLAIN_MODEL_FILE, PLAIN_OPTIMIZER_FILE
+from trainer.model.pretraining import running_statistics
 from trainer.run.extensions import use_extensions_folder
 
 _GROUP_SETTINGS = ("weight_decay", "betas", "eps")
@@ -87,6 +95,14 @@ class Engine:
             torch.distributed.all_reduce(total)
         return total
 
+    def average_batch_norms(self) -> None:
+        """Give every rank the mean of all ranks' running statistics of batch norms, which each keeps for itself.
+
+        Training does not read them. Before a validation or a save, so that neither depends on which rank's are taken.
+        """
+        for statistic in running_statistics(self.model):
+            statistic.copy_(self.sum_over_ranks(statistic) / self.world_size)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.accelerator.wait_for_everyone()
@@ -98,9 +114,9 @@ class Engine:
 
     @contextlib.contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Encloses forward and backward of one micro-batch; the last of a window completes the gradient and steps."""
+        """Encloses forward and backward of one micro-batch; the last of a window completes the gradient."""
         if self.uses_deepspeed:
-            self.accelerator.sync_gradients = last
+            self.model.set_gradient_accumulation_boundary(last)
             yield
         else:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
@@ -115,13 +131,14 @@ class Engine:
         """
         scaled = loss_sum * (self.world_size / max(num_targets, 1.0))
         if self.uses_deepspeed:
-            self.accelerator.backward(scaled, scale_wrt_gas=False)  # also clips, steps and zeroes after the last one
+            self.model.backward(scaled, scale_wrt_gas=False)  # what accelerate's backward does, but for the step
         else:
             self.accelerator.backward(scaled)
 
     def step(self) -> StepResult:
         """Clip and apply the gradients of the window, or leave the update out when their norm is not finite."""
         if self.uses_deepspeed:
+            self.model.step()  # clips and zeroes too
             grad_norm = float(self.model.get_global_grad_norm())
             return StepResult(grad_norm, bool(self.optimizer.step_was_skipped))
         limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
@@ -237,7 +254,11 @@ def build_engine(
         # on CPUs accelerate finds plain ranks only with `cpu`, and DeepSpeed only without
         cpu=ds_config is None and not torch.cuda.is_available(),
         deepspeed_plugin=None if ds_config is None else DeepSpeedPlugin(hf_ds_config=ds_config),
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT),
+            # with every forward pass it would send rank 0's, which are either constant or averaged when they are read
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
         log_with=log_with,
         project_dir=str(project_folder),
     )
@@ -253,6 +274,28 @@ def build_engine(
         uses_deepspeed=ds_config is not None,
         num_parameters=num_parameters,
     )
+
+
+def probe_engine(engine: Engine, model: nn.Module, ds_config: dict[str, Any]) -> Engine:
+    """`model` under DeepSpeed with the same settings as `engine`'s, on the same ranks, for a check of both."""
+    import deepspeed
+
+    zero = {
+        # what accelerate derives from the model, and buffers that would be as large as those of the run
+        **ds_config["zero_optimization"],
+        "reduce_bucket_size": 1024,
+        "allgather_bucket_size": 1024,
+        "stage3_prefetch_bucket_size": 1024,
+        "stage3_param_persistence_threshold": 0,
+    }
+    for section in ("offload_param", "offload_optimizer"):
+        if zero.get(section, {}).get("device") == "nvme":
+            del zero[section]  # no files for a probe
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    prepared, zero_optimizer, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config={**ds_config, "zero_optimization": zero}
+    )
+    return dataclasses.replace(engine, model=prepared, optimizer=DeepSpeedOptimizerWrapper(zero_optimizer))
 
 
 def _check_distributed_type(accelerator: Accelerator, *, wants_deepspeed: bool) -> None:

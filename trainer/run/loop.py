@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor
+from transformers import Wav2Vec2FeatureExtractor
 
 from trainer.arguments import PretrainArguments
 from trainer.data.audio import SAMPLE_RATE
@@ -16,6 +16,7 @@ from trainer.data.frames import FrameGeometry
 from trainer.data.loader import Window
 from trainer.layout import METRICS_FILE
 from trainer.model.schedules import gumbel_temperature, learning_rate
+from trainer.model.sizes import ModelConfig
 from trainer.run.checkpoint import TrainerState, save_checkpoint
 from trainer.run.corpus import Corpus, SkippedLog, training_stream, validation_stream
 from trainer.run.engine import Engine, StepResult
@@ -37,7 +38,7 @@ class Run:
 
     arguments: PretrainArguments
     folder: Path
-    config: Wav2Vec2Config
+    config: ModelConfig
     geometry: FrameGeometry
     masks: MaskSettings
     corpus: Corpus
@@ -112,9 +113,9 @@ class Run:
             decay=arguments.gumbel_temperature_decay,
         )
         engine.set_learning_rate(rate)
+        dropped = dropped_layers(arguments.seed, step, self.config.num_hidden_layers, self.config.layerdrop)
         for number, batch in enumerate(window.batches):
             seed_micro_batch(arguments.seed, step, number * engine.world_size + engine.rank)
-            dropped = dropped_layers(arguments.seed, step, number, self.config.num_hidden_layers, self.config.layerdrop)
             with engine.micro_batch(last=number == len(window.batches) - 1):
                 terms = forward(engine, batch, temperature, dropped)
                 engine.backward(terms.loss, agreed.num_targets)
@@ -149,6 +150,7 @@ class Run:
             self.engine.rank, self.engine.world_size, self._pin_memory,
         )  # fmt: skip
         line: dict[str, Any] = {"step": self.state.step, "split": "validation"}
+        self.engine.average_batch_norms()
         line |= evaluate(self.engine, batches, self.skipped)
         self.state.validation_due = False
         line["audio_seconds_per_second"] = line["audio_seconds"] / (time.monotonic() - start)
@@ -160,6 +162,7 @@ class Run:
         start = time.monotonic()
         self.state.interval_seconds = start - self.interval_start
         self.state.totals = self.engine.sum_over_ranks(self.totals.values).tolist()
+        self.engine.average_batch_norms()
         folder = save_checkpoint(
             self.folder, self.state, self.engine, self._write_model_files, self.arguments.save_total_limit
         )
@@ -191,7 +194,7 @@ class Run:
         self.progress.say(text)
 
 
-def feature_extractor(config: Wav2Vec2Config) -> Wav2Vec2FeatureExtractor:
+def feature_extractor(config: ModelConfig) -> Wav2Vec2FeatureExtractor:
     """The feature extractor that prepares audio as training did: 16 kHz, zero mean, unit variance."""
     return Wav2Vec2FeatureExtractor(
         feature_size=1,

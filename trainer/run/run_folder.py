@@ -9,16 +9,17 @@ from io import TextIOWrapper
 from pathlib import Path
 
 import yaml
-from transformers import Wav2Vec2Config
 
 from trainer.arguments import PretrainArguments, dump_recipe
 from trainer.errors import UserError
 from trainer.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, LOCK_FILE, METRICS_FILE
+from trainer.model.sizes import ModelConfig
 from trainer.run.checkpoint import TrainerState, find_checkpoint
 
 _NEW_FILE_SECONDS = 60.0
 # What decides the shapes of the weights.
 _SHAPES = (
+    *("model_type", "position_embeddings_type", "conv_depthwise_kernel_size"),
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "do_stable_layer_norm"),
     *("conv_dim", "conv_kernel", "conv_stride", "conv_bias", "feat_extract_norm"),
     *("num_conv_pos_embeddings", "num_conv_pos_embedding_groups"),
@@ -129,14 +130,24 @@ def check_resumable(state: TrainerState, checkpoint: Path, world_size: int, engi
         )
 
 
-def check_model_matches(checkpoint: Path, config: Wav2Vec2Config) -> None:
+def check_same_frozen(state: TrainerState, checkpoint: Path, freeze_feature_encoder: bool) -> None:
+    """Raise `UserError` where the optimizer of the checkpoint holds other parameters than this run's."""
+    if state.freeze_feature_encoder != freeze_feature_encoder:
+        raise UserError(
+            f"freeze_feature_encoder ({freeze_feature_encoder}) must be {state.freeze_feature_encoder} as in the run "
+            f"that wrote checkpoint {checkpoint}, or its optimizer state does not fit; to change it, convert the "
+            "checkpoint and start a new run with --init_from."
+        )
+
+
+def check_model_matches(checkpoint: Path, config: ModelConfig) -> None:
     """Raise `UserError` where the checkpoint holds another model, naming the values that differ."""
     saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     wanted = json.loads(config.to_json_string(use_diff=False))
     different = [
-        f"{name} ({saved[name]} there, {wanted[name]} here)"
+        f"{name} ({saved[name]} there, {wanted.get(name)} here)"
         for name in _SHAPES
-        if name in saved and saved[name] != wanted[name]
+        if name in saved and saved[name] != wanted.get(name)
     ]
     if different:
         raise UserError(

@@ -20,14 +20,15 @@ def seed_micro_batch(seed: int, step: int, position: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, position]).generate_state(1, np.uint64)[0]))
 
 
-def dropped_layers(seed: int, step: int, micro_batch: int, num_layers: int, probability: float) -> tuple[int, ...]:
-    """Layers that LayerDrop (Fan et al. 2020) leaves out; drawn from numbers all ranks share, so all drop the same.
+def dropped_layers(seed: int, step: int, num_layers: int, probability: float) -> tuple[int, ...]:
+    """Layers that LayerDrop (Fan et al. 2020) leaves out of update `step`.
 
-    `micro_batch` counts on one rank, so with LayerDrop a window that is split otherwise drops other layers.
+    One draw for the whole window, from numbers all ranks share: every rank and every micro-batch drops the same layers,
+    however the window is split.
     """
     if probability == 0:
         return ()
-    rng = np.random.default_rng([seed, step, micro_batch, _LAYER_DROP_PURPOSE])
+    rng = np.random.default_rng([seed, step, _LAYER_DROP_PURPOSE])
     return tuple(np.flatnonzero(rng.random(num_layers) < probability).tolist())
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer.model.objective import contrastive_sums, masked_perplexity, quantize
+from trainer.model.objective import contrastive_sums, perplexity, quantize, usage_over_ranks
 
 
 def _inputs(batch: int = 3, frames: int = 7, dim: int = 5, num_negatives: int = 4) -> dict[str, Any]:
@@ -78,12 +78,12 @@ def test_bfloat16_inputs_are_compared_in_fp32() -> None:
 
 
 def test_perplexity_runs_from_collapse_to_uniform_use() -> None:
-    valid = torch.tensor([True, True, True, True, False])
-    collapsed = torch.zeros(5, 2, 4)
-    collapsed[:, :, 1] = 1.0
-    assert masked_perplexity(collapsed, valid).item() == pytest.approx(2.0)  # one codeword in each of two groups
-    uniform = torch.eye(4).repeat(2, 1)[:5, None, :].expand(5, 2, 4)  # the fifth, not valid, would tip the balance
-    assert masked_perplexity(uniform, valid).item() == pytest.approx(8.0)
+    collapsed = torch.zeros(2, 4)
+    collapsed[:, 1] = 6.0
+    assert perplexity(collapsed, torch.tensor(6.0)).item() == pytest.approx(2.0)  # one codeword in each of two groups
+    assert perplexity(torch.full((2, 4), 1.5), torch.tensor(6.0)).item() == pytest.approx(8.0)
+    both = torch.stack([collapsed, torch.full((2, 4), 1.5)])
+    torch.testing.assert_close(perplexity(both, torch.tensor(6.0)), torch.tensor([2.0, 8.0]))
 
 
 def test_a_codeword_nobody_chooses_has_a_finite_gradient() -> None:
@@ -91,9 +91,41 @@ def test_a_codeword_nobody_chooses_has_a_finite_gradient() -> None:
     logits[..., 2] = -200.0  # its softmax is exactly 0 in fp32
     logits.requires_grad_()
     quantized = quantize(logits, torch.randn(1, 3, 2), torch.ones(4, dtype=torch.bool), temperature=1.0)
-    assert quantized.prob_perplexity.item() == pytest.approx(2.0)
-    quantized.prob_perplexity.backward()
+    prob_perplexity = perplexity(quantized.usage, torch.tensor(4.0))[0]
+    assert prob_perplexity.item() == pytest.approx(2.0)
+    prob_perplexity.backward()
     assert logits.grad is not None and torch.isfinite(logits.grad).all()
+
+
+def test_padding_is_not_counted_as_use() -> None:
+    logits = torch.randn(5, 2, 4)
+    valid = torch.tensor([True, False, True, True, False])
+    counted = quantize(logits, torch.randn(2, 4, 3), valid, temperature=None)
+    alone = quantize(logits[valid], torch.randn(2, 4, 3), torch.ones(3, dtype=torch.bool), temperature=None)
+    torch.testing.assert_close(counted.usage, alone.usage)
+
+
+def test_statistics_over_ranks_have_the_gradient_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks with different numbers of frames: each gets its part of the gradient that one process would get."""
+    torch.manual_seed(0)
+    logits = [torch.randn(5, 2, 4, requires_grad=True), torch.randn(9, 2, 4, requires_grad=True)]
+
+    def usage(rank_logits: Tensor) -> Tensor:
+        return torch.stack([rank_logits.softmax(-1).sum(0), rank_logits.softmax(-1).detach().round().sum(0)])
+
+    whole = perplexity(usage(torch.cat(logits)), torch.tensor(14.0))
+    expected = torch.autograd.grad(whole[0] * 14, logits)
+
+    for rank in (0, 1):
+        other = logits[1 - rank].detach()
+        theirs = torch.cat([usage(other).flatten(), torch.tensor([float(len(other))])])
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda told, theirs=theirs: told.add_(theirs))
+        count = torch.tensor(float(len(logits[rank])))
+        total, frames = usage_over_ranks(usage(logits[rank]), count)
+        ours = perplexity(total, frames)
+        torch.testing.assert_close(ours, whole)
+        (found,) = torch.autograd.grad(ours[0] * count, logits[rank])  # its own term of the sum over ranks
+        torch.testing.assert_close(found, expected[rank])
 
 
 def test_quantizer_takes_the_likeliest_codewords_in_evaluation() -> None:
@@ -102,7 +134,7 @@ def test_quantizer_takes_the_likeliest_codewords_in_evaluation() -> None:
     quantized = quantize(logits, codebook, torch.tensor([True]), temperature=None)
     assert quantized.vectors.tolist() == [[2.0, 3.0, 6.0, 7.0]]
     assert quantized.codes.tolist() == [1 * 1 + 0 * 3]
-    assert quantized.code_perplexity.item() == pytest.approx(2.0)
+    assert quantized.usage[1].tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
 
 
 def test_gumbel_softmax_draws_by_probability_and_passes_gradients() -> None:
@@ -115,7 +147,8 @@ def test_gumbel_softmax_draws_by_probability_and_passes_gradients() -> None:
     torch.testing.assert_close(drawn, probabilities, atol=0.02, rtol=0)
     quantized.vectors.sum().backward()
     assert logits.grad is not None and logits.grad.abs().sum() > 0
-    assert quantized.prob_perplexity.item() == pytest.approx(math.exp(-(probabilities * probabilities.log()).sum()))
+    found = perplexity(quantized.usage[0], torch.tensor(20_000.0)).item()
+    assert found == pytest.approx(math.exp(-(probabilities * probabilities.log()).sum()))
 
 
 class _LargestTensor(TorchDispatchMode):

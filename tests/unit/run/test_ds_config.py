@@ -114,7 +114,12 @@ def test_auto_and_absent_are_filled(auto: dict[str, Any]) -> None:
         "fp16": {"enabled": False},
         "gradient_allreduce_op": "mean",
         "managed_gradient_accumulation": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def test_the_file_may_ask_for_the_compiled_cpu_optimizer() -> None:
+    assert resolve({"zero_force_ds_cpu_optimizer": True})["zero_force_ds_cpu_optimizer"] is True
 
 
 def test_no_clipping_is_zero() -> None:

@@ -96,3 +96,16 @@ def test_only_the_main_rank_opens_a_tracker(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(OneProcess, "process_index", 1)
     start_tracker(_engine(), "wandb", tmp_path, {}, resumed=False)
     assert list(tmp_path.iterdir()) == []  # another rank's run id would cut the curves in two on resume
+
+
+def test_running_statistics_become_the_mean_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = _engine()
+    engine.model = torch.nn.Sequential(
+        torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3, affine=False)
+    )
+    engine.model[1].running_mean.fill_(2.0)
+    monkeypatch.setattr(OneProcess, "num_processes", 2)
+    monkeypatch.setattr(Engine, "sum_over_ranks", lambda self, values: values + 4.0)  # the other rank has 4 everywhere
+    engine.average_batch_norms()
+    assert engine.model[1].running_mean.tolist() == [3.0] * 3
+    assert engine.model[2].running_var.tolist() == [2.5] * 3  # (1 + 4) / 2

@@ -62,10 +62,10 @@ def test_noise_depends_on_the_place_in_the_window_only() -> None:
 
 
 def test_layer_drop_is_drawn_at_its_rate_and_alike_everywhere() -> None:
-    draws = [dropped_layers(0, step, 0, num_layers=12, probability=0.1) for step in range(2000)]
-    assert draws[:50] == [dropped_layers(0, step, 0, num_layers=12, probability=0.1) for step in range(50)]
+    draws = [dropped_layers(0, step, num_layers=12, probability=0.1) for step in range(2000)]
+    assert draws[:50] == [dropped_layers(0, step, num_layers=12, probability=0.1) for step in range(50)]
     assert sum(map(len, draws)) / (2000 * 12) == pytest.approx(0.1, abs=0.01)
-    assert dropped_layers(0, 1, 0, num_layers=12, probability=0.0) == ()
+    assert dropped_layers(0, 1, num_layers=12, probability=0.0) == ()
 
 
 def test_the_guard_ends_a_run_of_bad_updates() -> None:

@@ -1,0 +1,39 @@
+"""The gradient check against the real DeepSpeed: it passes as it is, and a mis-scaled gradient does not get by."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_", "LOCAL_"))}
+    environment = {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_doctor_finds_two_ranks_and_all_stages_in_order() -> None:
+    ended = _python("-m", "trainer", "doctor")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.count("gradient norm 1.000000 x the exact one") == 3
+    assert "WRONG" not in ended.stdout and "deepspeed" in ended.stdout
+
+
+def test_a_deepspeed_that_divides_by_the_accumulation_steps_is_refused() -> None:
+    """What DeepSpeed 0.18.3 did, put into the installed one."""
+    ended = _python(
+        "-c",
+        "from deepspeed.runtime.engine import DeepSpeedEngine as E\n"
+        "right = E.backward\n"
+        "E.backward = lambda self, loss, **k: right(self, loss / self.gradient_accumulation_steps(), **k)\n"
+        "from trainer.run.self_check import main\n"
+        "main()",
+    )
+    assert ended.returncode != 0
+    assert "wrong by a factor of 0.25" in ended.stderr and "ZeRO stage 1, 4 micro-batches" in ended.stderr
+    assert "x the exact one" not in ended.stdout

@@ -1,0 +1,71 @@
+"""Which configuration and which weights a run starts from, and what a resumed one no longer needs."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Wav2Vec2Config, Wav2Vec2ConformerConfig, Wav2Vec2ForPreTraining
+
+from trainer.arguments import PretrainArguments
+from trainer.errors import UserError
+from trainer.model.sizes import SIZES
+from trainer.run.build import _build_model, _model_config
+from trainer.run.checkpoint import TrainerState
+from trainer.run.run_folder import check_same_frozen
+
+SMALL: dict[str, Any] = {**SIZES["demo"], "hidden_size": 64, "num_hidden_layers": 1}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """A model folder to start from; its configuration is none of the shipped ones."""
+    torch.manual_seed(99)
+    Wav2Vec2ForPreTraining(Wav2Vec2Config(**SMALL)).save_pretrained(tmp_path / "start")
+    return tmp_path / "start"
+
+
+def _arguments(**values: Any) -> PretrainArguments:
+    return PretrainArguments(dataset_name="speech", output_dir="run", **values)
+
+
+def test_the_configuration_comes_from_the_weights_unless_one_is_named(start: Path) -> None:
+    arguments = _arguments(init_from=str(start))
+    config = _model_config(arguments, None)
+    assert config.hidden_size == 64 and config.mask_time_prob == 0.5
+    model = _build_model(arguments, config, resumed=False)
+    expected = Wav2Vec2ForPreTraining.from_pretrained(start).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    other = dataclasses.replace(arguments, model_name_or_path="demo")
+    config = _model_config(other, None)
+    assert config.hidden_size == 128
+    with pytest.raises(UserError, match=r"project_hid\.weight|feature_projection|encoder"):
+        _build_model(other, config, resumed=False)
+
+
+def test_a_resumed_run_does_not_read_what_it_started_from(start: Path, tmp_path: Path) -> None:
+    arguments = _arguments(init_from=str(start), mask_time_prob=0.4)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    _model_config(arguments, None).save_pretrained(checkpoint)
+    shutil.rmtree(start)
+    config = _model_config(arguments, checkpoint)
+    assert config.hidden_size == 64 and config.mask_time_prob == 0.4
+    _build_model(arguments, config, resumed=True)
+    with pytest.raises(UserError, match=r"init_from .* does not exist"):
+        _model_config(arguments, None)
+
+
+def test_a_checkpoint_of_the_other_family_is_refused(tmp_path: Path) -> None:
+    values = {name: value for name, value in SMALL.items() if name != "do_stable_layer_norm"}
+    Wav2Vec2ConformerConfig(**values).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model_type \(wav2vec2-conformer there, wav2vec2 here\)"):
+        _model_config(_arguments(model_name_or_path="demo"), tmp_path)
+
+
+def test_what_is_frozen_cannot_change_on_resume() -> None:
+    state = TrainerState(freeze_feature_encoder=True)
+    check_same_frozen(state, Path("c"), True)
+    with pytest.raises(UserError, match=r"freeze_feature_encoder \(False\) must be True .* --init_from"):
+        check_same_frozen(state, Path("c"), False)

@@ -1,0 +1,105 @@
+"""`trainer doctor`: what is installed, and whether DeepSpeed gets gradients right here; a table with remedies."""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from packaging.requirements import Requirement
+
+from trainer.arguments import RaisingParser
+
+_PACKAGE = "speech-pretrainer"
+_CHECK_LIMIT_SECONDS = 300
+NUM_RANKS = 2
+
+
+class Finding(NamedTuple):
+    """One line of the table."""
+
+    subject: str
+    found: str
+    remedy: str = ""  # empty: all is well
+
+
+def main(words: Sequence[str]) -> int:
+    """Print the findings; returns 0 when all is well, otherwise 2. Raises `ArgumentsError`."""
+    parser = RaisingParser(
+        prog="trainer doctor", allow_abbrev=False,
+        description="Check versions, GPUs and, on two ranks under every ZeRO stage, that DeepSpeed gets gradients right.",
+        epilog="exit codes: 0 all is well, 2 something needs the remedy shown",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.parse_args(list(words))
+    findings = []
+    for finding in (*versions(), gpus(), *gradients()):
+        print(f"{'WRONG' if finding.remedy else 'ok':5}  {finding.subject:14} {finding.found}", flush=True)
+        if finding.remedy:
+            print(f"       {'':14} -> {finding.remedy}", flush=True)
+        findings.append(finding)
+    return 2 if any(finding.remedy for finding in findings) else 0
+
+
+def versions() -> Iterator[Finding]:
+    """Python and each package this one depends on, against the range it asks for."""
+    yield Finding("python", sys.version.split()[0])
+    for text in metadata.requires(_PACKAGE) or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Finding(requirement.name, "not installed", "bash launch/setup.sh")
+            continue
+        fits = requirement.specifier.contains(found, prereleases=True)
+        asked = f" (asked for: {requirement.specifier})" if requirement.specifier else ""
+        yield Finding(requirement.name, found + asked, "" if fits else "bash launch/setup.sh")
+
+
+def gpus() -> Finding:
+    """CUDA devices and their memory; none is fine, for CPU ranks work too."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("GPUs", "none that torch can use; runs will use the CPU")
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return Finding("GPUs", ", ".join(f"{device.name} {device.total_memory / 2**30:.0f} GiB" for device in devices))
+
+
+def gradients() -> Iterator[Finding]:
+    """One window of a probe under every ZeRO stage, in processes of their own."""
+    import torch
+
+    ranks = min(NUM_RANKS, torch.cuda.device_count()) if torch.cuda.is_available() else NUM_RANKS
+    command = [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0", "--module", "trainer.run.self_check",
+    ]  # fmt: skip
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "SLURM_"))},
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    subject = "gradients"
+    try:
+        ended = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=_CHECK_LIMIT_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        remedy = "the ranks cannot reach each other; check firewall and network interface (NCCL_SOCKET_IFNAME)"
+        yield Finding(subject, f"{ranks} rank(s): no answer in {_CHECK_LIMIT_SECONDS} s", remedy)
+        return
+    for line in ended.stdout.splitlines():
+        if line.startswith("ZeRO stage"):
+            yield Finding(subject, f"{ranks} rank(s), {line}")
+    if ended.returncode != 0:
+        lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
+        reason = next((line for line in lines if "DeepSpeed" in line and "wrong" in line), lines[-1] if lines else "")
+        yield Finding(subject, f"{ranks} rank(s): {reason}", "pip install deepspeed at the version in constraints.txt")

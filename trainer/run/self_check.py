@@ -1,0 +1,108 @@
+"""A start-up check that DeepSpeed hands the gradient over as it is: tiny, exact, on the run's own settings.
+
+DeepSpeed 0.18.3 divides the gradient of a forward pass that returns several outputs by the accumulation steps, and
+says nothing. A run that learns from gradients 16 times too small looks like a run with a bad learning rate.
+
+`python -m trainer.run.self_check` runs it for every ZeRO stage, on one rank or under a launcher; `trainer doctor` does.
+"""
+
+import math
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trainer.errors import UserError
+from trainer.run.ds_config import resolve_ds_config
+from trainer.run.engine import Engine, build_engine, is_main_process, launched_ranks, probe_engine
+
+_SIZE = 8
+_TOLERANCE = 1e-3  # the values below are exact in bf16; what can differ is the square root
+
+
+class _Output(NamedTuple):
+    """As `LossTerms`: a tuple in which only the first member carries a graph."""
+
+    loss: Tensor
+    num_values: Tensor
+
+
+class _Probe(nn.Module):
+    """A dot product: its gradient is its input, whatever its weights are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(_SIZE, 1))
+
+    def forward(self, values: Tensor) -> _Output:
+        loss = (values.to(self.weight.dtype) * self.weight[:, 0]).sum()
+        return _Output(loss, torch.ones((), device=values.device))
+
+
+def check_gradient_scale(engine: Engine, ds_config: dict[str, Any]) -> float:
+    """Run one window of a probe through DeepSpeed under `ds_config`; the factor by which its gradient norm is wrong.
+
+    Every rank calls it. Micro-batches differ, so one that is lost, counted twice or weighted otherwise shows as well.
+
+    Raises:
+        UserError: the factor is not 1.
+    """
+    num_micro_batches: int = ds_config["gradient_accumulation_steps"]
+    probe = probe_engine(engine, _Probe(), ds_config)
+    window = [
+        [_values(rank, number) for number in range(num_micro_batches)] for rank in range(engine.world_size)
+    ]  # every rank can tell what the others bring
+    num_targets = 4.0  # any power of two; as in training, all ranks together
+    for number, values in enumerate(window[engine.rank]):
+        with probe.micro_batch(last=number == num_micro_batches - 1):
+            probe.backward(probe.model(values.to(engine.device)).loss, num_targets)
+    found = probe.step().grad_norm
+    expected = float(torch.stack([values for row in window for values in row]).sum(dim=0).norm() / num_targets)
+    factor = found / expected
+    if not math.isclose(factor, 1.0, rel_tol=_TOLERANCE):
+        raise UserError(
+            f"DeepSpeed {version('deepspeed')} gets gradients wrong by a factor of {factor:.4g} (ZeRO stage "
+            f"{ds_config['zero_optimization']['stage']}, {num_micro_batches} micro-batches on {engine.world_size} "
+            "rank(s)); training would go on with it silently. Install the version in constraints.txt."
+        )
+    return factor
+
+
+def _values(rank: int, number: int) -> Tensor:
+    """Small whole numbers that differ between micro-batches; two bits each, so that bf16 adds up hundreds exactly."""
+    return (torch.arange(_SIZE) * (rank + 1) + number) % 4 * 1.0
+
+
+def main() -> None:
+    """Check stages 1 to 3 with four micro-batches; one line each on rank 0, an error on the first that fails."""
+    bf16 = torch.cuda.is_available()
+    configs = [
+        resolve_ds_config(
+            {"zero_optimization": {"stage": stage}, "data_types": {"grad_accum_dtype": "fp32"}},
+            source=f"ZeRO stage {stage}", bf16=bf16, max_grad_norm=0.1, gradient_accumulation_steps=4,
+            micro_batch_size=1, world_size=launched_ranks(),
+        )
+        for stage in (1, 2, 3)
+    ]  # fmt: skip
+    model = _Probe()
+    engine = build_engine(
+        model, torch.optim.AdamW(model.parameters(), fused=True), ds_config=configs[0], bf16=bf16, max_grad_norm=0.1,
+        log_with=None, project_folder=Path(tempfile.gettempdir()),
+    )  # fmt: skip
+    for config in configs:
+        factor = check_gradient_scale(engine, config)
+        if engine.is_main:
+            stage = config["zero_optimization"]["stage"]
+            print(f"ZeRO stage {stage}: gradient norm {factor:.6f} x the exact one", flush=True)
+    engine.close()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error) if is_main_process() else 2)
