@@ -30,7 +30,7 @@ def main(words: Sequence[str]) -> int:
     """Print the findings; returns 0 when all is well, otherwise 2. Raises `ArgumentsError`."""
     parser = RaisingParser(
         prog="trainer doctor", allow_abbrev=False,
-        description="Check versions, GPUs and, on two ranks under every ZeRO stage, that DeepSpeed gets gradients right.",
+        description="Check versions, GPUs, and on two ranks that DeepSpeed gets gradients right in every stage.",
         epilog="exit codes: 0 all is well, 2 something needs the remedy shown",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

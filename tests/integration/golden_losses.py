@@ -32,9 +32,9 @@ def this_platform() -> dict[str, str]:
     import soundfile
     import torch
 
-    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    lines = re.findall(r"^(model name|cpu family|model|stepping)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     return {
-        "processor": processor[1] if processor else platform.processor(),
+        "processor": ", ".join(f"{name} {value}" for name, value in dict(reversed(lines)).items()),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "libsndfile": soundfile.__libsndfile_version__,

@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -128,14 +129,14 @@ def reference(precision: str, deepspeed: bool, accumulation: int, diversity_weig
 
     In the arithmetic of the case: for bf16 that is autocast without DeepSpeed and bf16 weights under it.
     """
-    torch.nn.functional.gumbel_softmax = _without_noise  # type: ignore[assignment]
     model = _model().train()
     autocast = precision == "bf16" and not deepspeed
     if precision == "bf16" and deepspeed:
         model.bfloat16()
     model.config.diversity_loss_weight = diversity_weight
     batches = window(0, accumulation, rank=0, ranks=1)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    noiseless = mock.patch.object(torch.nn.functional, "gumbel_softmax", _without_noise)
+    with noiseless, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         loss = sum(model(*batch[:5], gumbel_temperature=2.0).loss for batch in batches)
     gradients = torch.autograd.grad(
         loss / sum(batch.num_targets for batch in batches), list(model.parameters()), allow_unused=True
@@ -299,7 +300,6 @@ class Row(NamedTuple):
 
 def compare(outcomes: dict[Case, Outcome]) -> list[Row]:
     """Every case against its references."""
-    torch.set_num_threads(1)  # as in the ranks: in bf16, other sums round a frame to another codeword
     start = torch.cat([p.detach().flatten() for p in _model().parameters()])
     rows = []
     for case, outcome in outcomes.items():
