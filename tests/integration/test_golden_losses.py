@@ -1,21 +1,10 @@
 """Fifty updates of the demo recipe must give the stored losses: a change of numerics shows here first."""
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-
-def _load() -> Any:
-    spec = importlib.util.spec_from_file_location("golden_losses", Path(__file__).with_name("golden_losses.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-golden = _load()
+from tests.integration import golden_losses as golden
 
 
 def test_losses_of_the_demo_are_the_stored_ones(tmp_path: Path) -> None:

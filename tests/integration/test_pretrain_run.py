@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
 CORPUS = REPOSITORY / "tests" / "corpus"
 BIN = Path(sys.executable).parent
 NUM_UPDATES = 60
-START_LIMIT_SECONDS = 300  # the first start on a machine compiles DeepSpeed's CPU collectives
+START_LIMIT_SECONDS = 300
 
 FLAGS = [
     "--config=demo", f"--max_train_steps={NUM_UPDATES}", "--num_warmup_steps=4", "--logging_steps=1", "--eval_steps=30",

@@ -1,29 +1,20 @@
 """Frozen front ends and a conformer's unused weights, in every engine: what is frozen stays, the rest learns."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from tests.integration import train_in_part as worker
+
 WORKER = Path(__file__).with_name("train_in_part.py")
 REPOSITORY = Path(__file__).parents[2]
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_in_part", WORKER)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-worker = _load()
 pytestmark = pytest.mark.slow
 
 

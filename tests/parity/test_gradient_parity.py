@@ -1,24 +1,10 @@
 """The table of `gradients.py` held to its tolerances: the central promise, over engines, ranks and accumulation."""
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gradients", Path(__file__).with_name("gradients.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gradients"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-gradients = _load()
+from tests.parity import gradients
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +46,10 @@ def test_gradients_do_not_depend_on_engine_and_split(rows: dict[str, Any], preci
 
 def test_the_reported_norm_is_that_of_the_gradient_before_clipping(rows: dict[str, Any]) -> None:
     assert {name: row.norm for name, row in rows.items() if not row.norm <= 1e-6} == {}
+
+
+def test_the_learning_rate_is_the_one_that_was_set(outcomes: Any) -> None:
+    assert {outcome.learning_rates for outcome in outcomes.values()} == {(1e-3,) * gradients.NUM_UPDATES}
 
 
 def test_ten_updates_lead_to_the_same_parameters(rows: dict[str, Any]) -> None:
