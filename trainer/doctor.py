@@ -47,7 +47,12 @@ def main(words: Sequence[str]) -> int:
 def versions() -> Iterator[Finding]:
     """Python and each package this one depends on, against the range it asks for."""
     yield Finding("python", sys.version.split()[0])
-    for text in metadata.requires(_PACKAGE) or []:
+    try:
+        asked_for = metadata.requires(_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        yield Finding(_PACKAGE, "not installed, so nothing says which versions it needs", "bash launch/setup.sh")
+        return
+    for text in asked_for:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue

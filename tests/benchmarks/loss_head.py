@@ -198,6 +198,8 @@ def compare(case: Case) -> tuple[tuple[int, int], dict[str, float]]:
     if wanted.keys() != got.keys():
         raise ValueError(f"gradients exist on one side only: {sorted(wanted.keys() ^ got.keys())}.")
     differences = {"loss": abs(losses[1] - losses[0]) / abs(losses[0])}
+    whole = [torch.cat([gradients[name].detach().flatten() for name in wanted]) for gradients in (got, wanted)]
+    differences["whole gradient"] = relative_difference(*whole)
     differences |= {name: relative_difference(got[name], gradient) for name, gradient in wanted.items()}
     return (peaks[0], peaks[1]), differences
 
@@ -282,7 +284,6 @@ def report(size: Size, num_rounds: int, num_ours: int) -> str:
         stock_seconds, our_seconds = time_steps(case, num_rounds, num_ours)
         gradients = sum(gradient.nbytes for gradient in case.ours.gradients().values())
         quantizers = [quantizer_peaks(case, same_frames=same) for same in (False, True)]
-    worst = max(differences, key=lambda name: differences[name])
     return "\n".join(
         [
             "# The loss head: stock transformers and ours",
@@ -304,9 +305,12 @@ def report(size: Size, num_rounds: int, num_ours: int) -> str:
             "the tensors alive at once on top of weights and inputs (`live_memory.py`). Gradients of the head's "
             f"parameters and of both inputs, {gradients / 1e6:.1f} MB, are in it on either side.",
             "",
-            f"| Relative difference, at most {MAX_DIFFERENCE:.0e} promised (largest: {worst}) | |",
+            f"| Relative difference, each against its own norm; {MAX_DIFFERENCE:.0e} promised | |",
             "|---|--:|",
             *(f"| {name} | {difference:.1e} |" for name, difference in differences.items()),
+            "",
+            "The gradient of a projection's bias is a sum that nearly cancels, so fp32 shows there the most, in stock "
+            "as in ours; in fp64 all agree to 1e-12 (`tests/unit/model/test_head_cost.py`).",
             "",
         ]
     )

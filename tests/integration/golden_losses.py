@@ -4,8 +4,8 @@
     python tests/integration/golden_losses.py --write    # store what this machine gets
 
 Stored with the losses is the platform they come from. There they must be met exactly; elsewhere other kernels round
-otherwise, and the limit is a relative difference. Whoever changes the numerics on purpose runs it with --write and
-shows both tables in the commit message.
+otherwise, and the limit is a relative difference. Other versions of transformers draw other initial weights. Whoever
+changes the numerics on purpose runs it with --write and shows both tables in the commit message.
 """
 
 import argparse
