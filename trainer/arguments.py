@@ -372,6 +372,11 @@ def _conflicts(arguments: PretrainArguments) -> list[str]:
             "allow_missing_head (True) is about the weights of init_from, which is not set; give --init_from or leave "
             "--allow_missing_head out."
         )
+    if arguments.freeze_feature_encoder and arguments.init_from is None and arguments.resume is None:
+        problems.append(
+            "freeze_feature_encoder (True) would leave a random front end as it is; give --init_from to start from a "
+            "trained one, or leave --freeze_feature_encoder out."
+        )
     if arguments.max_duration_in_seconds < arguments.min_duration_in_seconds:
         problems.append(
             f"max_duration_in_seconds ({arguments.max_duration_in_seconds}) must be at least min_duration_in_seconds "

@@ -19,7 +19,7 @@ Pre-train wav2vec 2.0 models on unlabelled speech.
 commands:
   pretrain   train a model, alone or on many ranks (trainer pretrain --help)
   convert    turn a run or a checkpoint into a save_pretrained folder (trainer convert --help)
-  doctor     check the installation: versions, GPUs, and that DeepSpeed gets gradients right on two ranks
+  doctor     check the installation: versions, GPUs, and that DeepSpeed gets gradients right
 
 exit codes: 0 done, 2 wrong input, 3 the run went bad, 4 stopped on request with a checkpoint saved, 1 anything else
 """

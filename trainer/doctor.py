@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ def main(words: Sequence[str]) -> int:
     """Print the findings; returns 0 when all is well, otherwise 2. Raises `ArgumentsError`."""
     parser = RaisingParser(
         prog="trainer doctor", allow_abbrev=False,
-        description="Check versions, GPUs, and on two ranks that DeepSpeed gets gradients right in every stage.",
+        description="Check versions, GPUs, and on up to two ranks that DeepSpeed gets gradients right.",
         epilog="exit codes: 0 all is well, 2 something needs the remedy shown",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -92,19 +93,34 @@ def gradients() -> Iterator[Finding]:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     subject = "gradients"
+    by_hand = f"run it by hand to see more: {' '.join(command[1:])}"
+    # in a session of its own; torchrun ends its ranks when it is asked to stop, and only then
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     try:
-        ended = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=_CHECK_LIMIT_SECONDS,
-        )  # fmt: skip
+        stdout, stderr = process.communicate(timeout=_CHECK_LIMIT_SECONDS)
     except subprocess.TimeoutExpired:
-        remedy = "the ranks cannot reach each other; check firewall and network interface (NCCL_SOCKET_IFNAME)"
-        yield Finding(subject, f"{ranks} rank(s): no answer in {_CHECK_LIMIT_SECONDS} s", remedy)
+        process.terminate()
+        process.communicate()
+        yield Finding(
+            subject, f"{ranks} rank(s): no answer in {_CHECK_LIMIT_SECONDS} s",
+            f"most likely the ranks cannot reach each other (firewall, NCCL_SOCKET_IFNAME); {by_hand}",
+        )  # fmt: skip
         return
-    for line in ended.stdout.splitlines():
+    for line in stdout.splitlines():
         if line.startswith("ZeRO stage"):
             yield Finding(subject, f"{ranks} rank(s), {line}")
-    if ended.returncode != 0:
-        lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
-        reason = next((line for line in lines if "DeepSpeed" in line and "wrong" in line), lines[-1] if lines else "")
-        yield Finding(subject, f"{ranks} rank(s): {reason}", "pip install deepspeed at the version in constraints.txt")
+    if process.returncode != 0:
+        reason, remedy = _reason(stderr)
+        yield Finding(subject, f"{ranks} rank(s): {reason}", remedy or by_hand)
+
+
+def _reason(stderr: str) -> tuple[str, str]:
+    """What went wrong in the ranks and, where it is known, the remedy; launchers write pages around it."""
+    for line in stderr.splitlines():
+        if "wrong by a factor" in line:
+            return line, "pip install deepspeed at the version in constraints.txt"
+    errors = re.findall(r"^(?:\[rank\d+\]: )?(\w[\w.]*(?:Error|Exception): .*)$", stderr, re.MULTILINE)
+    return (errors[0] if errors else "it ended without saying why"), ""

@@ -9,6 +9,7 @@ changes the numerics on purpose runs it with --write and shows both tables in th
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -33,7 +34,9 @@ def this_platform() -> dict[str, str]:
     import torch
 
     lines = re.findall(r"^(model name|cpu family|model|stepping)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    flags = re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     return {
+        "instructions": hashlib.sha256((flags[1] if flags else "").encode()).hexdigest()[:16],
         "processor": ", ".join(f"{name} {value}" for name, value in dict(reversed(lines)).items()),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
@@ -51,7 +54,7 @@ def run_demo(folder: Path) -> list[dict[str, float]]:
         "--logging_steps=1", "--saving_steps=1000", "--eval_steps=1000",
     ]  # fmt: skip
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_", "LOCAL_"))}
-    environment = {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, check=True)
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     train = [line for line in map(json.loads, lines) if line["split"] == "train"]
@@ -87,8 +90,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = run_demo(Path(folder))
-    if STORED.exists():
-        print(table(found, read_stored()["updates"]))
+    if STORED.exists() and len(stored := read_stored()["updates"]) == len(found):
+        print(table(found, stored))
     if options.write:
         rows = ",\n    ".join(json.dumps(line) for line in found)
         where = json.dumps(this_platform(), indent=4).replace("\n}", "\n  }")

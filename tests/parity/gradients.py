@@ -274,7 +274,10 @@ def _started(
         "--rdzv_endpoint=localhost:0", __file__, "--rank_folder", str(folder),
         "--engines", *engines, "--precisions", *precisions,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # the references are of the CPU
+    }  # fmt: skip
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, cwd=REPOSITORY)
     try:
         yield process

@@ -4,8 +4,8 @@ Mask spans follow fairseq's ``compute_mask_indices`` (static lengths, overlaps a
 (arXiv:2006.11477, section 3.1); negatives come from the masked frames of the same utterance (section 3.2).
 
 What an utterance gets is a function of its own generator and of its length: nothing passes between the rows of a batch.
-It is the same on every platform: generators are keyed by BLAKE2b, only their raw 64-bit words are read (NumPy promises
-that stream, and not the results of ``Generator.choice`` and the like), and all arithmetic on them is of integers.
+It is the same on every platform: generators are keyed by BLAKE2b, masks and negatives read their raw 64-bit words only
+(NumPy promises that stream, and not the results of ``Generator.choice`` and the like), and compute with integers.
 """
 
 import hashlib
@@ -82,6 +82,8 @@ def draw_masks(
     Raises:
         ValueError: a number is out of its range, or an utterance has more masked frames than int16 can index.
     """
+    if not rngs:
+        raise ValueError("rngs is empty; a batch holds at least one utterance.")
     if num_frames < 2:
         raise ValueError(f"num_frames ({num_frames}) must be at least 2 to mask one and contrast it with another.")
     if min_masked_frames < 2:

@@ -23,7 +23,8 @@ _ADAPTERS = (".adapter.", ".adapter_layer.")
 # Settings that change what the weights compute and not their shapes.
 _MEANING = (
     *("do_stable_layer_norm", "feat_extract_norm", "feat_extract_activation", "hidden_act", "layer_norm_eps"),
-    *("num_attention_heads", "conv_stride", "position_embeddings_type", "num_conv_pos_embedding_groups"),
+    *("num_attention_heads", "conv_stride", "num_conv_pos_embedding_groups", "position_embeddings_type"),
+    "rotary_embedding_base",
 )
 _NUM_NAMED = 5
 

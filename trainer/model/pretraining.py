@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,6 +16,7 @@ from transformers import (
     Wav2Vec2ForPreTraining,
 )
 
+from trainer.model.batch_norm import BatchNorm, batch_norms, recomputing
 from trainer.model.objective import contrastive_sums, perplexity, quantize, usage_over_ranks
 from trainer.model.sizes import ModelConfig
 
@@ -87,13 +88,11 @@ class PretrainingModel(PreTrainedModel):
 
         Non-reentrant: the reentrant kind needs inputs with gradients and does not go with ZeRO's hooks.
         """
-        how = {
-            "use_reentrant": False,
-            "context_fn": lambda: (contextlib.nullcontext(), _keep_running_statistics(self)),
-        }
-        if hasattr(
-            self, "activation_checkpointing_enable"
-        ):  # its name since transformers 5.23, where the old one warns
+        how: dict[str, Any] = {"use_reentrant": False}
+        if norms := batch_norms(self):
+            how["context_fn"] = lambda: (contextlib.nullcontext(), recomputing(norms))
+        # its name since transformers 5.23, where the old one warns
+        if hasattr(self, "activation_checkpointing_enable"):
             self.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
         else:
             cast(Any, self).gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
@@ -220,7 +219,7 @@ class ConformerPretrainingModel(PretrainingModel, Wav2Vec2ConformerForPreTrainin
     The convolution of each conformer layer has a batch norm (Gulati et al. 2020, section 2.2), as fairseq's has. While
     training it takes mean and variance over one micro-batch of one rank, so unlike those of the other family, a
     conformer's losses and gradients depend on how a window is split over ranks and micro-batches. Each rank keeps
-    running statistics of its own (`running_statistics`); validation and the saved model use them.
+    running statistics of its own (`batch_norm.running_statistics`); validation and the saved model use them.
     """
 
     config: Wav2Vec2ConformerConfig
@@ -228,7 +227,7 @@ class ConformerPretrainingModel(PretrainingModel, Wav2Vec2ConformerForPreTrainin
     def __init__(self, config: Wav2Vec2ConformerConfig, **options: Any) -> None:
         super().__init__(config, **options)
         for layer in self.backbone.encoder.layers:
-            layer.conv_module.batch_norm = _BatchNorm(config.hidden_size)
+            layer.conv_module.batch_norm = BatchNorm(config.hidden_size)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ConformerPretrainingModel":
         """Move and cast as usual, but leave buffers in fp32.
@@ -246,22 +245,6 @@ class ConformerPretrainingModel(PretrainingModel, Wav2Vec2ConformerForPreTrainin
         return self
 
 
-class _BatchNorm(nn.BatchNorm1d):
-    """Batch norm in fp32, whatever type its input and, cast by DeepSpeed, its weights have; the output is as the input.
-
-    PyTorch takes fp32 statistics only together with fp32 weights.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """`input` `[B, C, T]`."""
-        if self.training:
-            cast(Tensor, self.num_batches_tracked).add_(1)
-        return nn.functional.batch_norm(
-            input, self.running_mean, self.running_var, self.weight.float(), self.bias.float(), self.training,
-            self.momentum or 0.0, self.eps,
-        )  # fmt: skip
-
-
 def model_class(config: ModelConfig) -> type[PretrainingModel]:
     """The class of the configuration's family."""
     return ConformerPretrainingModel if isinstance(config, Wav2Vec2ConformerConfig) else Wav2Vec2PretrainingModel
@@ -274,28 +257,6 @@ def freeze_unused(model: PretrainingModel) -> None:
     """
     if isinstance(model, ConformerPretrainingModel):
         model.backbone.encoder.pos_conv_embed.requires_grad_(False)
-
-
-def running_statistics(model: nn.Module) -> list[Tensor]:
-    """Running means and variances of the batch norms: what ranks have to average before validating or saving."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
-    return [cast(Tensor, statistic) for norm in norms for statistic in (norm.running_mean, norm.running_var)]
-
-
-@contextlib.contextmanager
-def _keep_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Run batch norms once more over what they have seen before."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
-    momenta = [norm.momentum for norm in norms]
-    counts = [cast(Tensor, norm.num_batches_tracked).clone() for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
-            norm.momentum = momentum
-            cast(Tensor, norm.num_batches_tracked).copy_(count)
 
 
 def _num_ranks() -> int:

@@ -27,10 +27,15 @@ from torch import Tensor, nn
 
 from trainer.errors import UserError
 from trainer.layout import DEEPSPEED_FOLDER, PLAIN_MODEL_FILE, PLAIN_OPTIMIZER_FILE
-from trainer.model.pretraining import running_statistics
+from trainer.model.batch_norm import running_statistics
 from trainer.run.extensions import use_extensions_folder
 
 _GROUP_SETTINGS = ("weight_decay", "betas", "eps")
+_SHAPES_GRADIENTS = (
+    *("bf16", "fp16", "torch_autocast", "data_types", "communication_data_type", "prescale_gradients"),
+    *("gradient_predivide_factor", "gradient_allreduce_op", "gradient_clipping", "gradient_accumulation_steps"),
+    *("managed_gradient_accumulation", "train_micro_batch_size_per_gpu", "train_batch_size"),
+)
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -277,7 +282,7 @@ def build_engine(
 
 
 def probe_engine(engine: Engine, model: nn.Module, ds_config: dict[str, Any]) -> Engine:
-    """`model` under DeepSpeed with the same settings as `engine`'s, on the same ranks, for a check of both."""
+    """`model` under DeepSpeed on the ranks of `engine`, with those of its settings that shape gradients."""
     import deepspeed
 
     zero = {
@@ -292,9 +297,10 @@ def probe_engine(engine: Engine, model: nn.Module, ds_config: dict[str, Any]) ->
         if zero.get(section, {}).get("device") == "nvme":
             del zero[section]  # no files for a probe
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    prepared, zero_optimizer, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config={**ds_config, "zero_optimization": zero}
-    )
+    # monitors and profilers would write to the user's folders, and the compiled optimizer is not what is checked
+    config = {key: value for key, value in ds_config.items() if key in _SHAPES_GRADIENTS}
+    config |= {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+    prepared, zero_optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return dataclasses.replace(engine, model=prepared, optimizer=DeepSpeedOptimizerWrapper(zero_optimizer))
 
 

@@ -138,6 +138,11 @@ def test_too_few_frames(num_frames: int) -> None:
         draw([0], num_frames)
 
 
+def test_a_batch_without_rows() -> None:
+    with pytest.raises(ValueError, match="at least one utterance"):
+        draw([], 10)
+
+
 def test_a_single_masked_frame_has_no_negatives() -> None:
     with pytest.raises(ValueError, match=r"min_masked_frames \(1\) must be at least 2"):
         draw([0], 10, min_masked_frames=1)

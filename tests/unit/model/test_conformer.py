@@ -9,8 +9,9 @@ from transformers import Wav2Vec2ConformerConfig
 
 from trainer.data.collate import Batch, MaskSettings, collate
 from trainer.data.frames import WAV2VEC2_GEOMETRY
+from trainer.model.batch_norm import running_statistics
 from trainer.model.optim import build_optimizer
-from trainer.model.pretraining import LossTerms, PretrainingModel, build_model, running_statistics
+from trainer.model.pretraining import LossTerms, PretrainingModel, build_model
 from trainer.model.sizes import SIZES
 
 _CONFIG: dict[str, Any] = {

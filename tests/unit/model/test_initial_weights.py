@@ -25,8 +25,9 @@ from transformers import (
 
 from trainer.convert.conversion import convert
 from trainer.errors import UserError
+from trainer.model.batch_norm import running_statistics
 from trainer.model.initial_weights import check_initial_weights, load_initial_weights
-from trainer.model.pretraining import PretrainingModel, build_model, running_statistics
+from trainer.model.pretraining import PretrainingModel, build_model
 from trainer.model.sizes import ModelConfig, load_model_config
 from trainer.run.checkpoint import describe_files
 

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from trainer.model.batch_norm import BatchNorm
 from trainer.run.engine import Engine
 from trainer.run.trackers import start_tracker
 
@@ -100,9 +101,7 @@ def test_only_the_main_rank_opens_a_tracker(tmp_path: Path, monkeypatch: pytest.
 
 def test_running_statistics_become_the_mean_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = _engine()
-    engine.model = torch.nn.Sequential(
-        torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3, affine=False)
-    )
+    engine.model = torch.nn.Sequential(torch.nn.Linear(3, 3), BatchNorm(3), BatchNorm(3, affine=False))
     engine.model[1].running_mean.fill_(2.0)
     monkeypatch.setattr(OneProcess, "num_processes", 2)
     monkeypatch.setattr(Engine, "sum_over_ranks", lambda self, values: values + 4.0)  # the other rank has 4 everywhere
