@@ -6,6 +6,29 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
+_CHECK_ODD_CONFIGURATION = """
+import pathlib, sys, torch
+from trainer.run import engine, self_check
+from trainer.run.ds_config import resolve_ds_config
+
+def config(zero, **more):
+    return resolve_ds_config(
+        {"zero_optimization": {"stage": 2, **zero}, **more}, source="test", bf16=True, max_grad_norm=1.0,
+        gradient_accumulation_steps=500, micro_batch_size=1, world_size=1,
+    )
+
+folder = sys.argv[1]
+model = torch.nn.Linear(2, 2)
+built = engine.build_engine(
+    model, torch.optim.AdamW(model.parameters(), fused=True), ds_config=config({}), bf16=True, max_grad_norm=1.0,
+    log_with=None, project_folder=pathlib.Path(folder),
+)
+odd = config(
+    {"offload_optimizer": {"device": "cpu"}}, zero_force_ds_cpu_optimizer=True,
+    csv_monitor={"enabled": True, "output_path": folder, "job_name": "probe"},
+)
+print(self_check.check_gradient_scale(built, odd))
+"""
 
 
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,22 +64,7 @@ def test_a_deepspeed_that_divides_by_the_accumulation_steps_is_refused() -> None
 
 def test_the_check_takes_any_configuration_of_a_run_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """500 micro-batches in bf16, with the compiled optimizer and a monitor that the probe must not start."""
-    ended = _python(
-        "-c",
-        "import sys, pathlib, torch\n"
-        "from trainer.run import engine, self_check\n"
-        "from trainer.run.ds_config import resolve_ds_config\n"
-        "def config(offload, **more):\n"
-        "    zero = {'stage': 2, **({'offload_optimizer': {'device': 'cpu'}} if offload else {})}\n"
-        "    return resolve_ds_config({'zero_optimization': zero, **more}, source='test', bf16=True, max_grad_norm=1.0,\n"
-        "        gradient_accumulation_steps=500, micro_batch_size=1, world_size=1)\n"
-        "monitor = {'enabled': True, 'output_path': sys.argv[1], 'job_name': 'probe'}\n"
-        "model = torch.nn.Linear(2, 2)\n"
-        "built = engine.build_engine(model, torch.optim.AdamW(model.parameters(), fused=True), ds_config=config(False),\n"
-        "    bf16=True, max_grad_norm=1.0, log_with=None, project_folder=pathlib.Path(sys.argv[1]))\n"
-        "print(self_check.check_gradient_scale(built, config(True, zero_force_ds_cpu_optimizer=True, csv_monitor=monitor)))",
-        str(tmp_path),
-    )
+    ended = _python("-c", _CHECK_ODD_CONFIGURATION, str(tmp_path))
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert float(ended.stdout.splitlines()[-1]) == 1.0
     assert list(tmp_path.iterdir()) == []
