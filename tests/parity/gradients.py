@@ -9,7 +9,8 @@ compared is the gradient before clipping, as one vector over all parameters: |g 
 
 The reference r is computed in one process with `torch.autograd` alone: no engine, no DeepSpeed, no accelerate. The
 diversity loss is a statistic of a micro-batch, of all ranks together; so with it r is taken with the same
-accumulation, and without it (its weight set to 0) one r serves every split. Dropout and Gumbel noise are off.
+accumulation, and without it (its weight set to 0) one r serves every split. Dropout and Gumbel noise are off. In the
+ten updates that follow LayerDrop leaves out one layer or the other.
 """
 
 import argparse
@@ -180,14 +181,15 @@ def _engine(case: Case, folder: Path) -> Any:
 
 
 def _accumulate(engine: Any, case: Case, update: int) -> None:
-    """Forward and backward of one window, as `trainer.run.loop` does it."""
+    """Forward and backward of one window, as `trainer.run.loop` does it; updates after the first drop a layer."""
     from trainer.run.steps import forward
 
+    dropped = (update % 2,) if update > 0 else ()
     batches = window(update, case.accumulation, engine.rank, case.ranks)
     agreed = engine.agree(sum(batch.num_targets for batch in batches), stop=False)
     for number, batch in enumerate(batches):
         with engine.micro_batch(last=number == len(batches) - 1):
-            engine.backward(forward(engine, batch, 2.0).loss, agreed.num_targets)
+            engine.backward(forward(engine, batch, 2.0, dropped).loss, agreed.num_targets)
 
 
 def _module(engine: Any) -> Any:
