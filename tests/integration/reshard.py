@@ -1,9 +1,9 @@
 """Started by `test_elastic_resume.py`: checkpoints of every engine are loaded into every other one and compared.
 
-    reshard.py ROOT save plain|deepspeed     train each of SOURCES for two updates and save it
-    reshard.py ROOT load plain|deepspeed     load each into each of TARGETS and compare, bit by bit
+    reshard.py ROOT SOURCE ... SOURCE:TARGET ...
 
-Plain ranks and DeepSpeed ranks join differently, so each is started on its own; the number of ranks is the launcher's.
+A SOURCE is trained for two updates and saved; SOURCE:TARGET is loaded and compared, bit by bit. The number of ranks is
+the launcher's. Plain ranks and DeepSpeed ranks join differently, so each is started on its own.
 """
 
 import sys
@@ -156,10 +156,9 @@ def _masters(parameter: Any, key: str, adam: Any) -> tuple[torch.Tensor, torch.T
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    root_folder, action, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-    for each in SOURCES:
-        if action == "save" and TARGETS[each].engine == kind:
-            save(each, root_folder)
-        for to, setting in TARGETS.items():
-            if action == "load" and setting.engine == kind:
-                load(each, to, root_folder)
+    for word in sys.argv[2:]:
+        saved_name, _, target_name = word.partition(":")
+        if target_name:
+            load(saved_name, target_name, Path(sys.argv[1]))
+        else:
+            save(saved_name, Path(sys.argv[1]))
