@@ -78,11 +78,6 @@ class Engine:
     def device(self) -> torch.device:
         return torch.device(self.accelerator.device)
 
-    @property
-    def name(self) -> str:
-        """`deepspeed` or `plain`: which layout this engine's checkpoints have."""
-        return "deepspeed" if self.uses_deepspeed else "plain"
-
     def agree(self, num_targets: int, stop: bool) -> Agreement:
         """The one all-reduce per update: targets of the window on all ranks, and whether any wants to stop."""
         told = self.sum_over_ranks(torch.tensor([num_targets, int(stop)], dtype=torch.float64, device=self.device))
