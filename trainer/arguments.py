@@ -167,8 +167,10 @@ class PretrainArguments:
     # --- run
     output_dir: str | None = flag(None, "Run folder: settings, metrics, checkpoints.", group="run")
     resume: str | None = flag(
-        None, "'latest' continues the newest complete checkpoint of the run folder; or the path of a checkpoint.",
-        group="run",
+        None, "'latest' continues the newest complete checkpoint of the run folder; or the path of a checkpoint. The "
+        "number of ranks, the ZeRO stage, offload and --deepspeed itself may differ from those that wrote it. Data "
+        "goes on with the next micro-batch that no rank has had; as long as ranks x --gradient_accumulation_steps is "
+        "the same, updates consist of the same utterances.", group="run",
     )  # fmt: skip
     deepspeed: str | None = flag(
         None, "Shipped DeepSpeed configuration (zero2) or the path of a JSON file. Not set: plain PyTorch.", group="run"

@@ -14,6 +14,7 @@ TRAINER_STATE_FILE = "trainer_state.json"
 DEEPSPEED_FOLDER = "deepspeed"
 PLAIN_MODEL_FILE = "model.safetensors"
 PLAIN_OPTIMIZER_FILE = "optimizer.pt"
+OPTIMIZER_NAMES_KEY = "names"  # in that file, beside what torch saves: the parameters in the optimizer's order
 
 
 def step_folder_name(step: int) -> str:

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "trainer"
 ALLOWED = {
     "data": {"arguments"},
     "model": {"arguments"},
-    "run": {"arguments", "data", "model"},
+    "run": {"arguments", "data", "model", "convert"},  # convert reads a checkpoint by parameter, for other ranks
     "convert": {"arguments"},
     "arguments": set(),
     "errors": set(),

@@ -15,6 +15,11 @@ class Weight(NamedTuple):
     read: Callable[[], torch.Tensor]
 
 
+def zeros(name: str, shape: tuple[int, ...]) -> Weight:
+    """A moment that no gradient has moved yet."""
+    return Weight(name, shape, torch.float32, lambda: torch.zeros(shape))
+
+
 def output_dtype(weight: Weight, requested: torch.dtype) -> torch.dtype:
     """The type a weight is written in: as requested, but integer buffers (batch-norm counters) stay as they are."""
     return requested if weight.dtype.is_floating_point else weight.dtype

@@ -156,7 +156,7 @@ def published_folder(out: Path) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
-        for path in [*staging.iterdir(), staging]:
+        for path in [*staging.rglob("*"), staging]:
             _fsync(path)
         _replace(staging, out, retired=out.with_name(f".{out.name}.{unique}.old"))
         _fsync(out.parent)

@@ -1,8 +1,8 @@
-"""Reads the fp32 weights out of a ZeRO checkpoint, parameter by parameter.
+"""Reads the fp32 weights, and where asked AdamW's moments, out of a ZeRO checkpoint, parameter by parameter.
 
-Each rank's `*_optim_states.pt` holds flat fp32 partitions (the master weights, also in a bf16 run); the model states
-hold the names, the shapes and what the optimizer does not own: buffers and frozen parameters. `partition.py` tells how
-they are cut.
+Each rank's `*_optim_states.pt` holds flat fp32 partitions (the master weights, also in a bf16 run), and moments that
+are cut like them; the model states hold the names, the shapes and what the optimizer does not own: buffers and frozen
+parameters. `partition.py` tells how they are cut.
 """
 
 import math
@@ -10,21 +10,63 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from trainer.convert.errors import ConversionError
-from trainer.convert.partition import Piece, cut_group, cut_parameters, used_numel
+from trainer.convert.partition import cut_group, cut_parameters, used_numel
 from trainer.convert.safe_load import safe_load
-from trainer.convert.weights import Weight
+from trainer.convert.weights import Weight, zeros
 
 RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(optim|model)_states\.pt")
 STAGE_1_2_MODEL_FILE = "mp_rank_00_model_states.pt"
 STAGE_1_2_PARTITIONS = "single_partition_of_fp32_groups"
 STAGE_3_PARTITIONS = "fp32_flat_groups"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 State = dict[str, Any]
+Partitions = Sequence[Sequence[torch.Tensor]]
+"""The flat tensors of one kind (weights, or one of the moments): first by rank, then by group."""
+
+
+class Moments(NamedTuple):
+    """AdamW's state: `of["exp_avg"]` and `of["exp_avg_sq"]` by the name of each parameter that is trained."""
+
+    of: dict[str, dict[str, Weight]]
+    num_updates: int
+    """Updates behind them, which the bias correction needs."""
+    groups: list[dict[str, Any]]
+    """Learning rate, betas, epsilon and weight decay of each parameter group, as torch saves them."""
+
+
+class Slice(NamedTuple):
+    """Elements `start` to `stop` of the flat tensor of one rank and group."""
+
+    rank: int
+    group: int
+    start: int
+    stop: int
+
+
+class Place(NamedTuple):
+    """Where a parameter lies: the slices that, end to end, are its elements."""
+
+    shape: tuple[int, ...]
+    slices: list[Slice]
+
+
+class Shards(NamedTuple):
+    """The opened files of one save, found to belong together."""
+
+    optimizer_files: list[Path]
+    states: list[State]
+    model_files: list[Path]
+    models: list[State]
+    partitions: Partitions
+    places: dict[str, Place]
+    fixed: dict[str, Weight]
+    """What the optimizer does not own: buffers and frozen parameters."""
 
 
 def read_zero(folder: Path, *, world_size: int) -> list[Weight]:
@@ -37,24 +79,45 @@ def read_zero(folder: Path, *, world_size: int) -> list[Weight]:
     Raises:
         ConversionError: a shard is missing, double, damaged or of another run, or the layout is unknown.
     """
+    return _weights(_open(folder, world_size))
+
+
+def read_zero_training(folder: Path, *, world_size: int) -> tuple[list[Weight], Moments]:
+    """What `read_zero` gives, and the state of AdamW for every parameter that it trains.
+
+    Raises:
+        ConversionError: as `read_zero`, or the optimizer was not an Adam.
+    """
+    shards = _open(folder, world_size)
+    num_updates = _optimizer_step(shards.states[0]) or 0
+    if num_updates == 0:  # every one was left out so far
+        moments = {key: {name: zeros(name, place.shape) for name, place in shards.places.items()} for key in MOMENTS}
+    else:
+        moments = {key: _gathered_places(shards.places, _moment_partitions(shards, key)) for key in MOMENTS}
+    return _weights(shards), Moments(moments, num_updates, _adam(shards.states[0]).get("param_groups", []))
+
+
+def _open(folder: Path, world_size: int) -> Shards:
     optimizer_files = rank_files(folder, "optim", world_size)
     states = [_field(path, safe_load(path), "optimizer_state_dict") for path in optimizer_files]
     _check_same_run(optimizer_files, states, world_size)
     if all(STAGE_1_2_PARTITIONS in state for state in states):
         model_files = [folder / STAGE_1_2_MODEL_FILE]
-        models = [safe_load(model_files[0])]
-        found = _stage_1_2(optimizer_files, states, model_files[0], models[0])
-    elif all(STAGE_3_PARTITIONS in state for state in states):
+        return _stage_1_2(optimizer_files, states, model_files[0], safe_load(model_files[0]))
+    if all(STAGE_3_PARTITIONS in state for state in states):
         model_files = rank_files(folder, "model", world_size)
         models = [safe_load(path) for path in model_files]
         _check_model_states(model_files, models)
-        found = _stage_3(optimizer_files, states, model_files, models)
-    else:
-        raise ConversionError(
-            f"{optimizer_files[0]}: holds neither {STAGE_1_2_PARTITIONS} nor {STAGE_3_PARTITIONS}; "
-            "only checkpoints of ZeRO-1, 2 and 3 can be converted."
-        )
-    return _in_model_order(model_files[0], models[0], found)
+        return _stage_3(optimizer_files, states, model_files, models)
+    raise ConversionError(
+        f"{optimizer_files[0]}: holds neither {STAGE_1_2_PARTITIONS} nor {STAGE_3_PARTITIONS}; "
+        "only checkpoints of ZeRO-1, 2 and 3 can be converted."
+    )
+
+
+def _weights(shards: Shards) -> list[Weight]:
+    found = _gathered_places(shards.places, shards.partitions) | shards.fixed
+    return _in_model_order(shards.model_files[0], shards.models[0], found)
 
 
 def rank_files(folder: Path, kind: str, world_size: int) -> list[Path]:
@@ -85,33 +148,33 @@ def rank_files(folder: Path, kind: str, world_size: int) -> list[Path]:
     return [found[rank] for rank in range(world_size)]
 
 
-def _stage_1_2(files: Sequence[Path], states: Sequence[State], model_file: Path, model: State) -> dict[str, Weight]:
+def _stage_1_2(files: list[Path], states: list[State], model_file: Path, model: State) -> Shards:
     """Each optimizer group is one vector, cut over the ranks wherever the cut falls."""
     partitions = [_partitions(path, state, STAGE_1_2_PARTITIONS) for path, state in zip(files, states, strict=True)]
     # With this option DeepSpeed 0.19.8 notes addresses from before it shuffles the parameters: they are wrong.
     addresses_hold = not model["ds_config"]["zero_optimization"].get("round_robin_gradients", False)
-    found: dict[str, Weight] = {}
+    places: dict[str, Place] = {}
     for group, shapes in enumerate(_field(model_file, model, "param_shapes")):
-        parts = [rank_partitions[group] for rank_partitions in partitions]
+        lengths = [rank_partitions[group].numel() for rank_partitions in partitions]
         numels = [math.prod(shape) for shape in shapes.values()]
         paddings = _alignment_paddings(states[0], group, len(shapes))
         try:
-            cut = cut_group([part.numel() for part in parts], numels, paddings)
+            cut = cut_group(lengths, numels, paddings)
         except ValueError as error:
             raise ConversionError(f"{files[0].parent}: group {group}: {error}; copy the checkpoint again.") from error
-        if addresses_hold:
-            _check_addresses(files, states, group, dict(zip(shapes, cut, strict=True)))
-        found |= {
-            name: _gathered(name, shape, [parts[piece.part][piece.start : piece.stop] for piece in where])
+        found = {
+            name: Place(tuple(shape), [Slice(piece.part, group, piece.start, piece.stop) for piece in where])
             for (name, shape), where in zip(shapes.items(), cut, strict=True)
         }
+        if addresses_hold:
+            _check_addresses(files, states, group, found)
+        places |= found
     # Below ZeRO-3 the model states hold all tensors whole; those of the optimizer are copies, maybe rounded to bf16.
-    return found | _as_saved(model["module"], [name for name in model["module"] if name not in found])
+    fixed = _as_saved(model["module"], [name for name in model["module"] if name not in places])
+    return Shards(files, states, [model_file], [model], partitions, places, fixed)
 
 
-def _stage_3(
-    files: Sequence[Path], states: Sequence[State], model_files: Sequence[Path], models: Sequence[State]
-) -> dict[str, Weight]:
+def _stage_3(files: list[Path], states: list[State], model_files: list[Path], models: list[State]) -> Shards:
     """Every parameter is cut over the ranks; a rank's groups, end to end, hold its shares in order."""
     partitions = [_partitions(path, state, STAGE_3_PARTITIONS) for path, state in zip(files, states, strict=True)]
     shapes = {name: shape for group in models[0]["param_shapes"] for name, shape in group.items()}
@@ -124,12 +187,13 @@ def _stage_3(
             f"{files[0].parent}: {error}; copy the checkpoint again, or, if the optimizer was offloaded to NVMe, "
             "save with an offload device of cpu or none."
         ) from error
-    parts = [part for rank_parts in partitions for part in rank_parts]
-    found = {
-        name: _gathered(name, shape, [parts[piece.part][piece.start : piece.stop] for piece in where])
+    parts = [(rank, group) for rank, own in enumerate(partitions) for group in range(len(own))]
+    places = {
+        name: Place(tuple(shape), [Slice(*parts[piece.part], piece.start, piece.stop) for piece in where])
         for (name, shape), where in zip(shapes.items(), cut, strict=True)
     }
-    return found | _frozen_parameters(model_files, models) | _as_saved(models[0]["module"], models[0]["buffer_names"])
+    fixed = _frozen_parameters(model_files, models) | _as_saved(models[0]["module"], models[0]["buffer_names"])
+    return Shards(files, states, model_files, models, partitions, places, fixed)
 
 
 def _frozen_parameters(files: Sequence[Path], models: Sequence[State]) -> dict[str, Weight]:
@@ -168,6 +232,13 @@ def _in_model_order(path: Path, model: State, found: dict[str, Weight]) -> list[
     return weights
 
 
+def _gathered_places(places: dict[str, Place], partitions: Partitions) -> dict[str, Weight]:
+    return {
+        name: _gathered(name, place.shape, [partitions[rank][group][i:j] for rank, group, i, j in place.slices])
+        for name, place in places.items()
+    }
+
+
 def _gathered(name: str, shape: Sequence[int], slices: list[torch.Tensor]) -> Weight:
     dtype = slices[0].dtype if slices else torch.float32
     return Weight(name, tuple(shape), dtype, partial(_gather, tuple(shape), dtype, slices))
@@ -188,6 +259,22 @@ def _partitions(path: Path, state: State, key: str) -> list[torch.Tensor]:
                 "only flat partitions with fp32 master weights can be converted."
             )
     return partitions
+
+
+def _moment_partitions(shards: Shards, key: str) -> list[list[torch.Tensor]]:
+    """The flat tensors of one moment: cut like the weights, except that the padding at their end may be saved too."""
+    found = []
+    for path, state, weights in zip(shards.optimizer_files, shards.states, shards.partitions, strict=True):
+        entries = _adam_entries(state)
+        for group, weight in enumerate(weights):
+            moment = entries.get(group, {}).get(key)
+            if not isinstance(moment, torch.Tensor) or moment.ndim != 1 or moment.numel() < weight.numel():
+                raise ConversionError(
+                    f"{path}: group {group} has no {key} as long as its weights; only the state of AdamW, not "
+                    "offloaded to NVMe, can be carried over."
+                )
+        found.append([entries[group][key].detach() for group in range(len(weights))])
+    return found
 
 
 def _alignment_paddings(state: State, group: int, num_parameters: int) -> list[int]:
@@ -214,10 +301,18 @@ def _check_same_run(files: Sequence[Path], states: Sequence[State], world_size: 
 
 def _optimizer_step(state: State) -> int | None:
     """Updates that the wrapped Adam has made; None where its state has another form or tells none."""
-    base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
-    moments = base.get("state") if isinstance(base, dict) else None
-    steps = {int(entry["step"]) for entry in (moments or {}).values() if "step" in entry}
+    steps = {int(entry["step"]) for entry in _adam_entries(state).values() if "step" in entry}
     return max(steps) if steps else None
+
+
+def _adam_entries(state: State) -> dict[int, State]:
+    """The state of the wrapped optimizer by the number of its group; empty where it has another form."""
+    return _adam(state).get("state") or {}
+
+
+def _adam(state: State) -> State:
+    base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+    return base if isinstance(base, dict) else {}
 
 
 def _check_model_states(files: Sequence[Path], models: Sequence[State]) -> None:
@@ -229,13 +324,16 @@ def _check_model_states(files: Sequence[Path], models: Sequence[State]) -> None:
                 )
 
 
-def _check_addresses(files: Sequence[Path], states: Sequence[State], group: int, cut: dict[str, list[Piece]]) -> None:
+def _check_addresses(files: Sequence[Path], states: Sequence[State], group: int, places: dict[str, Place]) -> None:
     """Compare our cuts of each rank's partition with those DeepSpeed wrote down: tells a shard of another rank."""
     for rank, (path, state) in enumerate(zip(files, states, strict=True)):
         noted = _field(path, state, "param_slice_mappings")[group]
         saved = {(name, address.start, address.start + address.numel) for name, address in noted.items()}
         computed = {
-            (name, piece.start, piece.stop) for name, where in cut.items() for piece in where if piece.part == rank
+            (name, piece.start, piece.stop)
+            for name, place in places.items()
+            for piece in place.slices
+            if piece.rank == rank
         }
         if saved != computed:
             raise ConversionError(

@@ -20,20 +20,22 @@ from trainer.model.pretraining import PretrainingModel, build_model
 from trainer.model.sizes import ModelConfig, load_model_config
 from trainer.run.checkpoint import TrainerState, read_state, set_aside
 from trainer.run.corpus import Corpus, SkippedLog, batching_of, describe, fingerprint, open_corpus
-from trainer.run.ds_config import load_ds_config, resolve_ds_config
+from trainer.run.ds_config import load_ds_config, partitioning, resolve_ds_config
 from trainer.run.engine import Engine, build_engine, check_zero_section, is_main_process, launched_ranks
 from trainer.run.loop import EXIT_DONE, Run
 from trainer.run.metrics import Totals, drop_lines_after
 from trainer.run.progress import Progress
 from trainer.run.run_folder import (
+    Split,
     changed_settings,
     check_model_matches,
-    check_resumable,
     check_run_folder,
     check_same_frozen,
     create_run_folder,
     lock_run_folder,
+    needs_resharding,
     sees_settings,
+    split_of,
     write_settings,
 )
 from trainer.run.self_check import check_gradient_scale
@@ -84,7 +86,7 @@ def build(arguments: PretrainArguments) -> Run | None:
         skipped.add(corpus.skipped)
     resumed = place.checkpoint is not None
     start_tracker(engine, arguments.report_to, place.folder, dataclasses.asdict(arguments), resumed)
-    max_train_steps = _max_train_steps(arguments, corpus, engine.world_size)
+    max_train_steps = _max_train_steps(arguments, corpus, engine.world_size, place.state)
     _say(
         f"training {engine.num_parameters / 1e6:.1f} M parameters on {engine.world_size} rank(s) of "
         f"{engine.device.type}, {'bf16' if arguments.bf16 else 'fp32'}, "
@@ -117,20 +119,25 @@ class _Place:
     folder: Path
     checkpoint: Path | None
     state: TrainerState
+    split: Split
+    resharded: bool = False
     lock: TextIO | None = None
 
 
 def _find_place(arguments: PretrainArguments, ds_config: dict[str, Any] | None) -> _Place:
     """The run folder and the checkpoint to resume from, checked against this launch; nothing is created yet."""
     folder, checkpoint = check_run_folder(arguments)
+    if ds_config is None:
+        split = Split("plain", launched_ranks(), None)
+    else:
+        split = Split("deepspeed", launched_ranks(), partitioning(ds_config))
     if checkpoint is None:
         if arguments.resume is not None:
             _say(f"no checkpoint in {folder} yet; starting at update 0")
-        return _Place(folder, None, TrainerState())
+        return _Place(folder, None, TrainerState(), split)
     state = read_state(checkpoint)
-    check_resumable(state, checkpoint, launched_ranks(), "plain" if ds_config is None else "deepspeed")
     check_same_frozen(state, checkpoint, arguments.freeze_feature_encoder)
-    return _Place(folder, checkpoint, state)
+    return _Place(folder, checkpoint, state, split, needs_resharding(split_of(state), split, checkpoint))
 
 
 def _build_engine(
@@ -185,7 +192,7 @@ def _restore(engine: Engine, place: _Place, arguments: PretrainArguments) -> Tot
     totals = Totals(engine.device)
     _check_same_checkpoint(engine, place)
     if place.checkpoint is not None:
-        engine.load(place.checkpoint)
+        _load(engine, place, place.checkpoint)
         if engine.is_main and place.state.totals:
             totals.values.copy_(torch.tensor(place.state.totals, dtype=totals.values.dtype))
     if engine.is_main:
@@ -202,10 +209,32 @@ def _restore(engine: Engine, place: _Place, arguments: PretrainArguments) -> Tot
             "checkpoint on each; put it on a file system that they share."
         )
     if place.checkpoint is not None:
-        _say(f"resuming from {place.checkpoint}")
-    place.state.world_size, place.state.engine = engine.world_size, engine.name
-    place.state.freeze_feature_encoder = arguments.freeze_feature_encoder
+        written_by = f", written by {split_of(place.state)}, on {place.split}" if place.resharded else ""
+        _say(f"resuming from {place.checkpoint}{written_by}")
+    _continue_state(place.state, place.split, arguments)
     return totals
+
+
+def _load(engine: Engine, place: _Place, checkpoint: Path) -> None:
+    if not place.resharded:
+        engine.load(checkpoint)
+        return
+    saved = split_of(place.state)
+    engine.load_resharded(
+        checkpoint,
+        engine=saved.engine,
+        world_size=saved.world_size,
+        num_updates=place.state.step,
+        num_skipped_updates=place.state.skipped_steps,
+    )
+
+
+def _continue_state(state: TrainerState, split: Split, arguments: PretrainArguments) -> None:
+    """Note how this run goes on, for its checkpoints; what the loop counts stays."""
+    if state.num_micro_batches == 0:
+        state.num_micro_batches = state.step * state.world_size * arguments.gradient_accumulation_steps
+    state.engine, state.world_size, state.partitioning = split
+    state.freeze_feature_encoder = arguments.freeze_feature_encoder
 
 
 def _check_same_checkpoint(engine: Engine, place: _Place) -> None:
@@ -257,11 +286,13 @@ def _ds_config(arguments: PretrainArguments) -> dict[str, Any] | None:
     return resolved
 
 
-def _max_train_steps(arguments: PretrainArguments, corpus: Corpus, world_size: int) -> int:
+def _max_train_steps(arguments: PretrainArguments, corpus: Corpus, world_size: int, state: TrainerState) -> int:
+    """The last update; without `--max_train_steps` what is left of the epochs decides, however it was split so far."""
     if arguments.max_train_steps is not None:
         return arguments.max_train_steps
     num_batches = len(epoch_batches(batching_of(arguments, corpus.train), 0)) * arguments.num_train_epochs
-    return -(-num_batches // (arguments.gradient_accumulation_steps * world_size))
+    num_left = max(num_batches - state.num_micro_batches, 0)
+    return state.step - (-num_left // (arguments.gradient_accumulation_steps * world_size))
 
 
 def _say(text: str) -> None:

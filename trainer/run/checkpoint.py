@@ -38,6 +38,8 @@ class TrainerState:
     interval_seconds: float = 0.0
     validation_due: bool = False
     totals: list[float] = dataclasses.field(default_factory=list)
+    partitioning: dict[str, Any] | None = None  # None in a checkpoint from before it was noted
+    num_micro_batches: int = 0  # of all ranks since the start; 0 in such a checkpoint too
     version: int = STATE_VERSION
 
 

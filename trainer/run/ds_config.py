@@ -137,6 +137,21 @@ def resolve_ds_config(
     return config
 
 
+def partitioning(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides, beside the ranks, how DeepSpeed cuts and stores a run's state, from a resolved configuration.
+
+    DeepSpeed loads a checkpoint as it is only into a run of the same partitioning.
+    """
+    zero = config["zero_optimization"]
+    found = {key: zero.get(key, False) for key in ("stage", "round_robin_gradients", "parameter_alignment")}
+    found |= {key: (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+    found["sub_group_size"] = zero.get("sub_group_size")
+    found["bf16"] = config["bf16"]["enabled"]
+    found["grad_accum_dtype"] = config.get("data_types", {}).get("grad_accum_dtype")  # with bf16, another optimizer
+    found["zero_force_ds_cpu_optimizer"] = config["zero_force_ds_cpu_optimizer"]
+    return found
+
+
 class _RepeatedKeyError(Exception):
     pass
 

@@ -25,10 +25,12 @@ from accelerate.utils import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trainer.convert.training_state import read_training_state
 from trainer.errors import UserError
-from trainer.layout import DEEPSPEED_FOLDER, PLAIN_MODEL_FILE, PLAIN_OPTIMIZER_FILE
+from trainer.layout import DEEPSPEED_FOLDER, OPTIMIZER_NAMES_KEY, PLAIN_MODEL_FILE, PLAIN_OPTIMIZER_FILE
 from trainer.model.batch_norm import running_statistics
 from trainer.run.extensions import use_extensions_folder
+from trainer.run.reshard import load_plain, load_zero
 
 _GROUP_SETTINGS = ("weight_decay", "betas", "eps")
 _SHAPES_GRADIENTS = (
@@ -80,11 +82,6 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return torch.device(self.accelerator.device)
-
-    @property
-    def name(self) -> str:
-        """`deepspeed` or `plain`: which layout this engine's checkpoints have."""
-        return "deepspeed" if self.uses_deepspeed else "plain"
 
     def agree(self, num_targets: int, stop: bool) -> Agreement:
         """The one all-reduce per update: targets of the window on all ranks, and whether any wants to stop."""
@@ -162,7 +159,9 @@ class Engine:
             model: nn.Module = self.accelerator.unwrap_model(self.model)
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
             save_file(state, folder / PLAIN_MODEL_FILE, metadata={"format": "pt"})
-            torch.save(self.optimizer.state_dict(), folder / PLAIN_OPTIMIZER_FILE)
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            ordered = [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
+            torch.save({**self.optimizer.state_dict(), OPTIMIZER_NAMES_KEY: ordered}, folder / PLAIN_OPTIMIZER_FILE)
 
     def same_on_all_ranks(self, value: int) -> bool:
         """Whether every rank brought the same value (0 <= value < 10^7); the answer is the same on every rank."""
@@ -170,7 +169,7 @@ class Engine:
         return bool(self.world_size * sums[1] == sums[0] ** 2)  # no variance
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote; the world size must be the one that saved under DeepSpeed.
+        """Restore what `save` wrote in a run that cuts its state as this one does (see `load_resharded`).
 
         Weight decay, betas and epsilon stay those of this run, which loading would set back.
         """
@@ -186,6 +185,22 @@ class Engine:
             self.accelerator.unwrap_model(self.model).load_state_dict(load_file(folder / PLAIN_MODEL_FILE))
             state = torch.load(folder / PLAIN_OPTIMIZER_FILE, map_location="cpu", weights_only=True)
             self.optimizer.load_state_dict(state)
+
+    def load_resharded(
+        self, folder: Path, *, engine: str, world_size: int, num_updates: int, num_skipped_updates: int
+    ) -> None:
+        """Restore what `save` wrote in a run of another `engine`, `world_size`, ZeRO stage or offload.
+
+        Every rank calls it. Raises `UserError`.
+        """
+        source = read_training_state(folder, engine=engine, world_size=world_size)
+        if not self.uses_deepspeed:
+            load_plain(self.accelerator.unwrap_model(self.model), self.optimizer.optimizer, source)
+            return
+        load_zero(self.model, source, rank=self.rank)
+        self.model.global_steps = num_updates  # what DeepSpeed's own checkpoints restore besides
+        self.model.global_samples = num_updates * self.model.train_batch_size()
+        self.model.skipped_steps = num_skipped_updates
 
     def peak_memory_bytes(self) -> int:
         """Most memory held at once on this rank: the device's, or the resident set of the process on a CPU."""

@@ -73,6 +73,7 @@ class Run:
                 stop, result, rate, temperature = self.update(window)
                 self.state.step += 1
                 self.state.epoch, self.state.batch = window.next_cursor
+                self.state.num_micro_batches += len(window.batches) * self.engine.world_size
                 self.state.skipped_steps += int(result.skipped)
                 self.progress.advance()
                 guard.watch(self.state.step, result.skipped)

@@ -7,6 +7,7 @@ import socket
 import time
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -118,16 +119,50 @@ def lock_run_folder(folder: Path) -> TextIOWrapper:
     return file
 
 
-def check_resumable(state: TrainerState, checkpoint: Path, world_size: int, engine: str) -> None:
-    """Raise `UserError` where the checkpoint needs another launch than this one."""
-    if state.engine != engine:
-        remedy = "add --deepspeed" if state.engine == "deepspeed" else "leave --deepspeed out"
-        raise UserError(f"checkpoint {checkpoint} was written by a {state.engine} run, this one is {engine}; {remedy}.")
-    if state.engine == "deepspeed" and state.world_size != world_size:
+class Split(NamedTuple):
+    """How a run cuts and stores its state."""
+
+    engine: str
+    """`deepspeed` or `plain`."""
+    world_size: int
+    partitioning: dict[str, Any] | None
+    """See `ds_config.partitioning`; None without DeepSpeed, and in a checkpoint from before it was noted."""
+
+    def __str__(self) -> str:
+        stage = "" if self.partitioning is None else f" ZeRO-{self.partitioning['stage']}"
+        engine = f"DeepSpeed{stage}" if self.engine == "deepspeed" else "plain PyTorch"
+        return f"{self.world_size} rank(s) of {engine}"
+
+
+def split_of(state: TrainerState) -> Split:
+    """The split of the run that wrote a checkpoint."""
+    return Split(state.engine, state.world_size, state.partitioning)
+
+
+def needs_resharding(saved: Split, now: Split, checkpoint: Path) -> bool:
+    """Whether the state in a checkpoint has to be cut anew for this run. Raises `UserError` where that cannot be done.
+
+    A plain checkpoint is whole, so it fits any number of plain ranks.
+    """
+    if saved.engine == now.engine == "plain":
+        return False
+    if saved[:2] == now[:2] and saved.partitioning in (None, now.partitioning):
+        return False
+    here = now.partitioning or {}
+    refused = ""
+    if "nvme" in (here.get("offload_optimizer"), here.get("offload_param")):
+        refused = "into a run that offloads to NVMe; offload to cpu or none in the --deepspeed file"
+    elif here.get("round_robin_gradients"):
+        # DeepSpeed 0.19.8 notes addresses from before it shuffles the parameters
+        refused = "into a run with zero_optimization.round_robin_gradients; set it to false in the --deepspeed file"
+    elif "nvme" in ((saved.partitioning or {}).get("offload_optimizer"),):
+        refused = "out of files on NVMe; resume once with the --deepspeed file that wrote it"
+    if refused:
         raise UserError(
-            f"checkpoint {checkpoint} holds the optimizer state of {state.world_size} ranks, this run has "
-            f"{world_size}; start it with {state.world_size} ranks."
+            f"checkpoint {checkpoint} was written by {saved}, this run is {now}, and state cannot be carried over "
+            f"{refused}, or start it as it was."
         )
+    return True
 
 
 def check_same_frozen(state: TrainerState, checkpoint: Path, freeze_feature_encoder: bool) -> None:

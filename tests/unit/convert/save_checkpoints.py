@@ -2,7 +2,7 @@
 
 For every row of `RUNS` it writes `ROOT/<name>/step-00000002/` (config, preprocessor, `deepspeed/`) and, gathered from
 the live engine and not from its files, `ROOT/<name>/expected.safetensors`: what a conversion to fp32 must give, bit by
-bit.
+bit; `moments.safetensors` beside it has the state of Adam.
 """
 
 import sys
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import save_file
 from transformers import (
     Wav2Vec2Config,
@@ -147,6 +147,20 @@ def full_state_dict(engine: Any) -> dict[str, torch.Tensor]:
     return state
 
 
+def full_moments(engine: Any) -> dict[str, torch.Tensor]:
+    """`exp_avg/NAME` and `exp_avg_sq/NAME` of every trained parameter (a collective)."""
+    if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
+        # DeepSpeed 0.19.8 links the states of all groups after the step of the first, when the others have none
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    return {
+        f"{key}/{name}": safe_get_full_optimizer_state(parameter, key).detach().clone()
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+
+
 def train_and_save(run: Run, root: Path) -> None:
     model = build(run)
     step_folder = root / "step-00000002"
@@ -162,9 +176,10 @@ def train_and_save(run: Run, root: Path) -> None:
         engine.backward(engine(**batch))
         engine.step()
     engine.save_checkpoint(str(step_folder), tag="deepspeed", save_latest=False)
-    expected = full_state_dict(engine)
+    expected, moments = full_state_dict(engine), full_moments(engine)
     if dist.get_rank() == 0:
         save_file(expected, root / "expected.safetensors")
+        save_file(moments, root / "moments.safetensors")
     dist.barrier()
     engine.destroy()
 

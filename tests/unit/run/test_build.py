@@ -5,16 +5,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import Wav2Vec2Config, Wav2Vec2ConformerConfig, Wav2Vec2ForPreTraining
 
 from trainer.arguments import PretrainArguments
+from trainer.data.index import AudioIndex
 from trainer.errors import UserError
 from trainer.model.sizes import SIZES
-from trainer.run.build import _build_model, _model_config
+from trainer.run.build import _build_model, _continue_state, _max_train_steps, _model_config
 from trainer.run.checkpoint import TrainerState
-from trainer.run.run_folder import check_same_frozen
+from trainer.run.corpus import Corpus
+from trainer.run.run_folder import Split, check_same_frozen
 
 SMALL: dict[str, Any] = {**SIZES["demo"], "hidden_size": 64, "num_hidden_layers": 1}
 
@@ -69,3 +72,26 @@ def test_what_is_frozen_cannot_change_on_resume() -> None:
     check_same_frozen(state, Path("c"), True)
     with pytest.raises(UserError, match=r"freeze_feature_encoder \(False\) must be True .* --init_from"):
         check_same_frozen(state, Path("c"), False)
+
+
+def test_epochs_end_where_their_data_does_however_it_was_split() -> None:
+    """40 micro-batches of one utterance, twice: 40 updates of 2, or 10 of them and 60 of 1, or 10, 20 and 20."""
+    index = AudioIndex("", [], np.arange(40), np.full(40, 16_000))
+    corpus = Corpus(index, index, [], 0)
+    arguments = _arguments(num_train_epochs=2, per_device_train_batch_size=1)
+
+    def last_update(world_size: int, **state: Any) -> int:
+        return _max_train_steps(arguments, corpus, world_size, TrainerState(**state))
+
+    assert last_update(2) == last_update(2, step=10, num_micro_batches=20) == 40
+    assert last_update(1, step=10, num_micro_batches=20) == 70
+    assert last_update(2, step=30, num_micro_batches=40) == 50
+    assert last_update(2, step=60, num_micro_batches=90) == 60
+    assert last_update(3) == 27
+
+
+def test_a_checkpoint_that_does_not_tell_its_micro_batches_had_this_split() -> None:
+    state = TrainerState(step=10, world_size=2)
+    _continue_state(state, Split("plain", 1, None), _arguments(gradient_accumulation_steps=3))
+    assert state.num_micro_batches == 60
+    assert (state.engine, state.world_size, state.partitioning) == ("plain", 1, None)

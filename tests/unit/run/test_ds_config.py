@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.run import ds_config
-from trainer.run.ds_config import DsConfigError, load_ds_config, resolve_ds_config, shipped_configs
+from trainer.run.ds_config import DsConfigError, load_ds_config, partitioning, resolve_ds_config, shipped_configs
 
 RUN: dict[str, Any] = {
     "source": "my.json",
@@ -306,3 +306,22 @@ def test_resolving_never_changes_its_input_and_fails_only_with_a_message(config:
 def test_a_resolved_config_resolves_to_itself(run: dict[str, Any]) -> None:
     resolved = resolve_ds_config(load_ds_config("zero2"), **run)
     assert resolve_ds_config(resolved, **run) == resolved
+
+
+def _partitioning(**zero: Any) -> dict[str, Any]:
+    return partitioning(resolve({"zero_optimization": {"stage": 2, **zero}}))
+
+
+def test_partitioning_tells_apart_what_cuts_state_otherwise() -> None:
+    assert _partitioning() == _partitioning(overlap_comm=False, reduce_bucket_size=5)
+    different = [
+        _partitioning(),
+        _partitioning(stage=3),
+        _partitioning(offload_optimizer={"device": "cpu"}),
+        _partitioning(offload_param={"device": "cpu"}),
+        _partitioning(parameter_alignment=True),
+        _partitioning(sub_group_size=500),
+    ]
+    assert all(left != right for number, left in enumerate(different) for right in different[:number])
+    assert _partitioning(offload_optimizer=None) == _partitioning(offload_optimizer={"device": "none"})
+    assert json.loads(json.dumps(_partitioning())) == _partitioning()  # as it comes back from a checkpoint

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import Wav2Vec2Config
@@ -13,13 +14,15 @@ from trainer.errors import UserError
 from trainer.model.sizes import SIZES
 from trainer.run.checkpoint import TrainerState
 from trainer.run.run_folder import (
+    Split,
     changed_settings,
     check_model_matches,
-    check_resumable,
     check_run_folder,
     create_run_folder,
     lock_run_folder,
+    needs_resharding,
     sees_settings,
+    split_of,
     write_settings,
 )
 
@@ -74,14 +77,43 @@ def test_two_runs_cannot_write_one_folder(tmp_path: Path) -> None:
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def test_a_launch_that_does_not_fit_the_checkpoint_is_refused() -> None:
-    state = TrainerState(step=1, world_size=2, engine="deepspeed")
-    check_resumable(state, Path("c"), world_size=2, engine="deepspeed")
-    with pytest.raises(UserError, match="2 ranks, this run has 4"):
-        check_resumable(state, Path("c"), world_size=4, engine="deepspeed")
-    with pytest.raises(UserError, match="add --deepspeed"):
-        check_resumable(state, Path("c"), world_size=2, engine="plain")
-    check_resumable(TrainerState(step=1, world_size=2, engine="plain"), Path("c"), world_size=4, engine="plain")
+ZERO2: dict[str, Any] = {"stage": 2, "offload_optimizer": "none", "offload_param": "none"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "expected"),
+    [
+        (Split("deepspeed", 2, ZERO2), Split("deepspeed", 2, ZERO2), False),
+        (Split("deepspeed", 2, None), Split("deepspeed", 2, ZERO2), False),  # from before it was noted
+        (Split("deepspeed", 2, None), Split("deepspeed", 1, ZERO2), True),
+        (Split("deepspeed", 2, ZERO2), Split("deepspeed", 4, ZERO2), True),
+        (Split("deepspeed", 2, ZERO2), Split("deepspeed", 2, ZERO2 | {"stage": 3}), True),
+        (Split("deepspeed", 2, ZERO2), Split("deepspeed", 2, ZERO2 | {"offload_optimizer": "cpu"}), True),
+        (Split("deepspeed", 2, ZERO2), Split("plain", 2, None), True),
+        (Split("plain", 2, None), Split("deepspeed", 2, ZERO2), True),
+        (Split("plain", 2, None), Split("plain", 1, None), False),
+    ],
+)
+def test_state_is_cut_anew_where_the_split_differs(saved: Split, now: Split, expected: bool) -> None:
+    assert needs_resharding(saved, now, Path("c")) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offload_optimizer": "nvme"}, r"by 1 rank\(s\) of plain PyTorch.*2 rank.*ZeRO-2.*offload to cpu or none"),
+        ({"offload_param": "nvme"}, "offload to cpu or none"),
+        ({"round_robin_gradients": True}, "round_robin_gradients; set it to false"),
+    ],
+)
+def test_a_split_that_cannot_be_reached_names_the_way(change: dict[str, Any], message: str) -> None:
+    now = Split("deepspeed", 2, ZERO2 | change)
+    with pytest.raises(UserError, match=message):
+        needs_resharding(Split("plain", 1, None), now, Path("c"))
+    assert not needs_resharding(now, now, Path("c"))
+    saved = TrainerState(world_size=2, engine="deepspeed", partitioning=ZERO2 | {"offload_optimizer": "nvme"})
+    with pytest.raises(UserError, match="resume once with the --deepspeed file that wrote it"):
+        needs_resharding(split_of(saved), Split("plain", 1, None), Path("c"))
 
 
 def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
