@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from trainer.errors import RunWentBad, UserError
+from trainer.errors import CannotWrite, RunWentBad, UserError
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -43,6 +43,8 @@ def main(command_line: Sequence[str] | None = None) -> int:
         code = _complain(str(error), EXIT_USER_ERROR)
     except RunWentBad as error:
         code = _complain(str(error), EXIT_WENT_BAD)
+    except CannotWrite as error:
+        code = _complain(str(error), EXIT_FAILED, shared=True)
     except KeyboardInterrupt:
         code = _complain("interrupted", EXIT_FAILED)
     except Exception:
@@ -66,10 +68,13 @@ def _ranks_have_met() -> bool:
     return bool(torch.distributed.get_world_size() > 1)
 
 
-def _complain(message: str, code: int) -> int:
-    """Print a message once per machine, or once per rank where only some may have met with the error."""
+def _complain(message: str, code: int, *, shared: bool = False) -> int:
+    """Print a message once per machine, or once per rank where only some may have met with the error.
+
+    `shared`: all ranks end with this message.
+    """
     rank = os.environ.get("RANK", "0")
-    if _ranks_have_met() or os.environ.get("LOCAL_RANK", "0") == "0":
+    if (_ranks_have_met() and not shared) or os.environ.get("LOCAL_RANK", "0") == "0":
         prefix = "trainer: error: " if rank == "0" else f"trainer: error on rank {rank}: "
         for line in message.splitlines():
             print(prefix + line, file=sys.stderr, flush=True)

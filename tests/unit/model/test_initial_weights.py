@@ -28,7 +28,7 @@ from trainer.errors import UserError
 from trainer.model.initial_weights import check_initial_weights, load_initial_weights
 from trainer.model.pretraining import PretrainingModel, build_model, running_statistics
 from trainer.model.sizes import ModelConfig, load_model_config
-from trainer.run.checkpoint import describe_files
+from trainer.run.manifest import describe_files
 
 _TINY: dict[str, Any] = {
     "hidden_size": 16,
