@@ -12,6 +12,9 @@ EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_WENT_BAD = 3
 
+# How gloo says that the other end of a connection is gone; NCCL waits, and the launcher ends the ranks.
+_LOST_A_RANK = ("closed by peer", "reset by peer")
+
 USAGE = """usage: trainer COMMAND [ARGUMENTS]
 
 Pre-train wav2vec 2.0 models on unlabelled speech.
@@ -47,11 +50,13 @@ def main(command_line: Sequence[str] | None = None) -> int:
         code = _complain(str(error), EXIT_FAILED, shared=True)
     except KeyboardInterrupt:
         code = _complain("interrupted", EXIT_FAILED)
-    except Exception:
+    except Exception as error:
         if not _ranks_have_met():
             raise
         traceback.print_exc()
         code = EXIT_FAILED
+        if any(words in str(error) for words in _LOST_A_RANK):
+            _complain("another rank has ended; its own last lines, or the launcher's, say why.", code)
     if _ranks_have_met():
         # leaving the process group the ordinary way can wait for ranks that wait for this one
         sys.stdout.flush()

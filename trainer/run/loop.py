@@ -190,7 +190,8 @@ class Run:
                 append_line(path, line)
             self.skipped.raise_failure()
 
-        on_all_ranks(self.engine, f"{path.name} or {SKIPPED_FILE} in {self.folder}", append, "see --resume latest.")
+        what = f"{path.name} or {SKIPPED_FILE} in {self.folder}"
+        on_all_ranks(self.engine, what, append, "mend that, then go on with --resume latest.")
         track(self.engine, line)
         self.progress.show(line)
 
