@@ -169,7 +169,5 @@ def test_a_run_that_is_killed_again_and_again_equals_one_left_alone(stage: str, 
         unfinished = [path.name for path in (run / "checkpoints").glob(".unfinished-*")]
         in_saves += bool(unfinished)
         print(f"{seed}: {planned}, {time.monotonic() - start:.1f} s; newest {newest}, {unfinished}")
-    print(
-        f"{seed}: {pace}, {NUM_KILLS} kills, {in_saves} of them left an unfinished save; all ranks gone after {last_gone:.1f} s"
-    )
+    print(f"{seed}: {pace}, {NUM_KILLS} kills, {in_saves} left an unfinished save, ranks gone after {last_gone:.1f} s")
     assert metrics(run) == metrics(tmp_path / "undisturbed")

@@ -181,7 +181,7 @@ def find_checkpoint(
     for folder in reversed(_step_folders(run_folder)):
         problem = known_damage.get(folder) or _damage(folder)
         if problem is None:
-            return folder, passed_over
+            return folder, [*_unfinished_after(folder), *passed_over]
         passed_over.append(f"{folder.name}: {problem}")
     if passed_over:
         raise UserError(
@@ -189,6 +189,12 @@ def find_checkpoint(
             f"({'; '.join(passed_over)}); restore one, or start anew in another --output_dir."
         )
     return None, []
+
+
+def _unfinished_after(found: Path) -> list[str]:
+    """Saves of later updates than that of `found` that the end of the run cut short."""
+    names = sorted(folder.name.removeprefix(UNFINISHED_PREFIX) for folder in found.parent.glob(f"{UNFINISHED_PREFIX}*"))
+    return [f"{name}: it was being written when the run ended" for name in names if name > found.name]
 
 
 def _named_checkpoint(run_folder: Path, folder: Path, known_damage: Mapping[Path, str]) -> Path:

@@ -300,6 +300,14 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "latest") == (None, [])
 
 
+def test_a_save_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    found = _save(tmp_path, 2)
+    for step in (1, 4):
+        (tmp_path / CHECKPOINTS_FOLDER / f".unfinished-step-{step:08d}").mkdir()
+    said = ["step-00000004: it was being written when the run ended"]
+    assert find_checkpoint(tmp_path, "latest") == (found, said)
+
+
 def test_another_version_is_not_passed_over(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     folder = _save(tmp_path, 2)
