@@ -14,6 +14,8 @@ from trainer.layout import MANIFEST_FILE
 
 MANIFEST_VERSION = 1
 _BLOCK_BYTES = 1 << 22
+# Files that are read before ranks meet, such as the model's configuration, are smaller.
+_SMALL_BYTES = 1 << 20
 
 
 def share_of(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
@@ -88,7 +90,10 @@ def checkpoint_bytes(folder: Path) -> int | None:
 
 
 def find_damage(folder: Path, *, checksums: bool, rank: int = 0, world_size: int = 1) -> str | None:
-    """What is wrong with the files of a checkpoint, or None: sizes of all of them, CRC-32 of this rank's share."""
+    """What is wrong with the files of a checkpoint, or None.
+
+    Compared are the sizes of all files, CRC-32 of the small ones and, if `checksums`, of this rank's share of the rest.
+    """
     if not (folder / MANIFEST_FILE).is_file():
         return f"it holds no {MANIFEST_FILE}"
     files = read_manifest(folder)
@@ -101,13 +106,13 @@ def find_damage(folder: Path, *, checksums: bool, rank: int = 0, world_size: int
             return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
         if size != described["bytes"]:
             return f"{name} is {size:,} bytes long, not {described['bytes']:,}"
-    if checksums:
-        sizes = {name: described["bytes"] for name, described in files.items()}
-        for name in share_of(sizes, rank, world_size):
-            try:
-                same = _crc32(folder / name) == files[name]["crc32"]
-            except OSError as error:
-                return f"{name}: {error.strerror}"
-            if not same:
-                return f"{name} does not have the checksum in {MANIFEST_FILE}"
+    sizes = {name: described["bytes"] for name, described in files.items()}
+    small = [name for name, size in sizes.items() if size < _SMALL_BYTES]
+    for name in [*small, *(share_of(sizes, rank, world_size) if checksums else [])]:
+        try:
+            same = _crc32(folder / name) == files[name]["crc32"]
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if not same:
+            return f"{name} does not have the checksum in {MANIFEST_FILE}"
     return None

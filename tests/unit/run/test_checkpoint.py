@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -239,7 +240,8 @@ def _flip_a_bit(path: Path) -> None:
 def _list_as_it_is(folder: Path, name: str) -> None:
     """Let the manifest say what the file is now: damage that no checksum shows."""
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
-    manifest["files"][name]["bytes"] = (folder / name).stat().st_size
+    content = (folder / name).read_bytes()
+    manifest["files"][name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
 
 
@@ -265,6 +267,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "manifest.json is not readable",
     ),
     "state cut": (_cut_state, "trainer_state.json is not readable"),
+    "configuration": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        "config.json does not have the checksum in manifest.json",  # read before the large files are
+    ),
     "no manifest": (lambda folder: (folder / MANIFEST_FILE).unlink(), "it holds no manifest.json"),
 }
 
@@ -285,8 +291,11 @@ def test_a_damaged_checkpoint_is_passed_over_by_latest_and_refused_by_name(tmp_p
 
 
 def test_a_changed_bit_is_found(tmp_path: Path) -> None:
-    older, newer = _save(tmp_path, 1), _save(tmp_path, 2)
+    large = Rank()
+    large.num_bytes = 2_000_000
+    older, newer = _save(tmp_path, 1), _save(tmp_path, 2, rank=large)
     _flip_a_bit(newer / "deepspeed" / "weights0.pt")
+    assert find_checkpoint(tmp_path, "latest") == (newer, [])  # too large to be read by every rank before they meet
     problem = verify_together(newer, cast(Engine, Rank()))
     assert problem == "deepspeed/weights0.pt does not have the checksum in manifest.json"
     assert find_checkpoint(tmp_path, "latest", {newer: problem}) == (older, [f"step-00000002: {problem}"])
