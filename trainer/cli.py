@@ -5,12 +5,15 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from trainer.errors import RunWentBad, UserError
+from trainer.errors import CannotWrite, RunWentBad, UserError
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_WENT_BAD = 3
+
+# How gloo says that the other end of a connection is gone; NCCL waits, and the launcher ends the ranks.
+_LOST_A_RANK = ("closed by peer", "reset by peer")
 
 USAGE = """usage: trainer COMMAND [ARGUMENTS]
 
@@ -43,13 +46,17 @@ def main(command_line: Sequence[str] | None = None) -> int:
         code = _complain(str(error), EXIT_USER_ERROR)
     except RunWentBad as error:
         code = _complain(str(error), EXIT_WENT_BAD)
+    except CannotWrite as error:
+        code = _complain(str(error), EXIT_FAILED, shared=True)
     except KeyboardInterrupt:
         code = _complain("interrupted", EXIT_FAILED)
-    except Exception:
+    except Exception as error:
         if not _ranks_have_met():
             raise
         traceback.print_exc()
         code = EXIT_FAILED
+        if any(words in str(error) for words in _LOST_A_RANK):
+            _complain("another rank has ended; its own last lines, or the launcher's, say why.", code)
     if _ranks_have_met():
         # leaving the process group the ordinary way can wait for ranks that wait for this one
         sys.stdout.flush()
@@ -66,10 +73,13 @@ def _ranks_have_met() -> bool:
     return bool(torch.distributed.get_world_size() > 1)
 
 
-def _complain(message: str, code: int) -> int:
-    """Print a message once per machine, or once per rank where only some may have met with the error."""
+def _complain(message: str, code: int, *, shared: bool = False) -> int:
+    """Print a message once per machine, or once per rank where only some may have met with the error.
+
+    `shared`: all ranks end with this message.
+    """
     rank = os.environ.get("RANK", "0")
-    if _ranks_have_met() or os.environ.get("LOCAL_RANK", "0") == "0":
+    if (_ranks_have_met() and not shared) or os.environ.get("LOCAL_RANK", "0") == "0":
         prefix = "trainer: error: " if rank == "0" else f"trainer: error on rank {rank}: "
         for line in message.splitlines():
             print(prefix + line, file=sys.stderr, flush=True)

@@ -7,3 +7,11 @@ class UserError(Exception):
 
 class RunWentBad(Exception):
     """Training cannot go on: it diverged or collapsed (exit code 3)."""
+
+
+class CannotWrite(Exception):
+    """A file of the run cannot be written: the disk is full, or has turned read-only (exit code 1).
+
+    Raised by all ranks together with the same message. The input is not wrong: the same command goes on once there is
+    room.
+    """

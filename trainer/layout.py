@@ -8,6 +8,7 @@ LOCK_FILE = ".lock"
 
 STEP_PREFIX = "step-"
 UNFINISHED_PREFIX = ".unfinished-"
+REMOVED_PREFIX = ".removed-"
 SUPERSEDED_PREFIX = "superseded-"
 MANIFEST_FILE = "manifest.json"
 TRAINER_STATE_FILE = "trainer_state.json"

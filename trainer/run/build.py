@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,7 +19,14 @@ from trainer.model.initial_weights import check_initial_weights, load_initial_we
 from trainer.model.optim import build_optimizer
 from trainer.model.pretraining import PretrainingModel, build_model
 from trainer.model.sizes import ModelConfig, load_model_config
-from trainer.run.checkpoint import TrainerState, read_state, set_aside
+from trainer.run.checkpoint import (
+    TrainerState,
+    list_checkpoints,
+    read_state,
+    set_aside,
+    space_needed,
+    verify_together,
+)
 from trainer.run.corpus import Corpus, SkippedLog, batching_of, describe, fingerprint, open_corpus
 from trainer.run.ds_config import load_ds_config, partitioning, resolve_ds_config
 from trainer.run.engine import Engine, build_engine, check_zero_section, is_main_process, launched_ranks
@@ -40,6 +48,7 @@ from trainer.run.run_folder import (
 )
 from trainer.run.self_check import check_gradient_scale
 from trainer.run.signals import StopRequest
+from trainer.run.storage import on_main_rank, scarce_room, too_little_room
 from trainer.run.trackers import check_tracker, start_tracker
 
 
@@ -80,6 +89,7 @@ def build(arguments: PretrainArguments) -> Run | None:
             f"dataset_name ({arguments.dataset_name}) does not hold the same audio for all ranks: rank {engine.rank} "
             f"has {len(corpus.train):,} utterances to train on; give all machines the same data, or --overwrite_cache."
         )
+    place = _verify(engine, place, arguments, ds_config, config)
     totals = _restore(engine, place, arguments)
     skipped = SkippedLog(place.folder / SKIPPED_FILE)
     if engine.is_main:
@@ -87,6 +97,7 @@ def build(arguments: PretrainArguments) -> Run | None:
     resumed = place.checkpoint is not None
     start_tracker(engine, arguments.report_to, place.folder, dataclasses.asdict(arguments), resumed)
     max_train_steps = _max_train_steps(arguments, corpus, engine.world_size, place.state)
+    _check_room(engine, place, arguments, max_train_steps)
     _say(
         f"training {engine.num_parameters / 1e6:.1f} M parameters on {engine.world_size} rank(s) of "
         f"{engine.device.type}, {'bf16' if arguments.bf16 else 'fp32'}, "
@@ -122,11 +133,14 @@ class _Place:
     split: Split
     resharded: bool = False
     lock: TextIO | None = None
+    passed_over: list[str] = dataclasses.field(default_factory=list)
 
 
-def _find_place(arguments: PretrainArguments, ds_config: dict[str, Any] | None) -> _Place:
+def _find_place(
+    arguments: PretrainArguments, ds_config: dict[str, Any] | None, known_damage: Mapping[Path, str] | None = None
+) -> _Place:
     """The run folder and the checkpoint to resume from, checked against this launch; nothing is created yet."""
-    folder, checkpoint = check_run_folder(arguments)
+    folder, checkpoint, passed_over = check_run_folder(arguments, known_damage)
     if ds_config is None:
         split = Split("plain", launched_ranks(), None)
     else:
@@ -134,10 +148,47 @@ def _find_place(arguments: PretrainArguments, ds_config: dict[str, Any] | None) 
     if checkpoint is None:
         if arguments.resume is not None:
             _say(f"no checkpoint in {folder} yet; starting at update 0")
-        return _Place(folder, None, TrainerState(), split)
+        return _Place(folder, None, TrainerState(), split, passed_over=passed_over)
     state = read_state(checkpoint)
     check_same_frozen(state, checkpoint, arguments.freeze_feature_encoder)
-    return _Place(folder, checkpoint, state, split, needs_resharding(split_of(state), split, checkpoint))
+    resharded = needs_resharding(split_of(state), split, checkpoint)
+    return _Place(folder, checkpoint, state, split, resharded, passed_over=passed_over)
+
+
+def _verify(
+    engine: Engine,
+    place: _Place,
+    arguments: PretrainArguments,
+    ds_config: dict[str, Any] | None,
+    config: ModelConfig,
+) -> _Place:
+    """Read every byte of the checkpoint before it is loaded; for `latest` a damaged one gives way to an older one."""
+    damage: dict[Path, str] = {}
+    _check_same_checkpoint(engine, place)
+    while place.checkpoint is not None and (problem := verify_together(place.checkpoint, engine)) is not None:
+        damage[place.checkpoint] = problem
+        place = dataclasses.replace(_find_place(arguments, ds_config, damage), lock=place.lock)
+        _check_same_checkpoint(engine, place)
+        if place.checkpoint is not None:
+            check_model_matches(place.checkpoint, config)
+    for passed_over in place.passed_over:
+        _say(f"passed over {passed_over}")
+    return place
+
+
+def _check_room(engine: Engine, place: _Place, arguments: PretrainArguments, max_train_steps: int) -> None:
+    """Raise `UserError` where no checkpoint fits into the run folder; warn where not all that are to come do."""
+    num_to_come = -(-max(max_train_steps - place.state.step, 0) // arguments.saving_steps)
+    if num_to_come == 0:
+        return
+    if arguments.save_total_limit is not None:  # one more while it is being written
+        num_kept = len(list_checkpoints(place.folder))
+        num_to_come = min(num_to_come, max(arguments.save_total_limit + 1 - num_kept, 1))
+    needed = space_needed(place.folder, engine)
+    if problem := engine.gather(too_little_room(place.folder, needed))[0]:
+        raise UserError(problem)
+    if warning := scarce_room(place.folder, needed, num_to_come):
+        _say(warning)
 
 
 def _build_engine(
@@ -190,19 +241,20 @@ def _build_model(arguments: PretrainArguments, config: ModelConfig, *, resumed: 
 def _restore(engine: Engine, place: _Place, arguments: PretrainArguments) -> Totals:
     """Load the checkpoint, clear away what came after it and write the settings; the sums of the running interval."""
     totals = Totals(engine.device)
-    _check_same_checkpoint(engine, place)
     if place.checkpoint is not None:
         _load(engine, place, place.checkpoint)
         if engine.is_main and place.state.totals:
             totals.values.copy_(torch.tensor(place.state.totals, dtype=totals.values.dtype))
-    if engine.is_main:
-        changes = [] if place.checkpoint is None else changed_settings(place.folder, arguments)
+    changes = [] if place.checkpoint is None else changed_settings(place.folder, arguments)
+
+    def tidy() -> None:
         set_aside(place.folder, place.state.step)
         write_settings(place.folder, arguments)
         drop_lines_after(place.folder / METRICS_FILE, place.state.step)
-        if changes:
-            _say("settings changed since the last start: " + "; ".join(changes))
-    engine.barrier()
+
+    on_main_rank(engine, f"the run folder {place.folder}", tidy)
+    if changes:
+        _say("settings changed since the last start: " + "; ".join(changes))
     if not engine.same_on_all_ranks(int(sees_settings(place.folder))):
         raise UserError(
             f"output_dir ({place.folder}) is not the same folder on all machines, which would leave a part of every "

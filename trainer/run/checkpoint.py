@@ -4,15 +4,15 @@ import dataclasses
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UserError
+from trainer.errors import CannotWrite, UserError
 from trainer.layout import (
     CHECKPOINTS_FOLDER,
     MANIFEST_FILE,
+    REMOVED_PREFIX,
     STEP_PREFIX,
     SUPERSEDED_PREFIX,
     TRAINER_STATE_FILE,
@@ -20,6 +20,15 @@ from trainer.layout import (
     step_folder_name,
 )
 from trainer.run.engine import Engine
+from trainer.run.manifest import (
+    checkpoint_bytes,
+    describe_files,
+    find_damage,
+    flush_folder,
+    write_json,
+    write_manifest,
+)
+from trainer.run.storage import free_bytes, gigabytes, on_all_ranks, on_main_rank
 
 STATE_VERSION = 1
 
@@ -53,113 +62,181 @@ def save_checkpoint(
     """Write `checkpoints/step-N` and remove the oldest beyond `save_total_limit`; every rank calls it.
 
     `write_model_files` puts the model's configuration beside the weights (called on the main rank).
+
+    Raises:
+        CannotWrite: on all ranks. What was written is removed, earlier checkpoints are as they were. The run ends,
+            because every hour it went on for would be lost with the next crash, and a job that ended is noticed.
     """
     parent = run_folder / CHECKPOINTS_FOLDER
     final = parent / step_folder_name(state.step)
     unfinished = parent / (UNFINISHED_PREFIX + final.name)
-    if engine.is_main:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    engine.barrier()
-    engine.save(unfinished)
-    engine.barrier()
-    if engine.is_main:
-        write_model_files(unfinished)
-        _write_json(unfinished / TRAINER_STATE_FILE, dataclasses.asdict(state))
-        _write_json(unfinished / MANIFEST_FILE, {"version": STATE_VERSION, "files": describe_files(unfinished)})
-        _publish(unfinished, final)
-        if save_total_limit is not None:
-            prune(run_folder, save_total_limit)
+    what = f"checkpoint {final}"
+    remedy = _way_on(run_folder)
+    try:
+        on_main_rank(engine, what, lambda: _begin(unfinished, space_needed(run_folder, engine)), remedy)
+        on_all_ranks(engine, what, lambda: engine.save(unfinished), remedy)
+
+        def write_the_rest() -> None:
+            write_model_files(unfinished)
+            write_json(unfinished / TRAINER_STATE_FILE, dataclasses.asdict(state))
+
+        on_main_rank(engine, what, write_the_rest, remedy)
+        shares = on_all_ranks(engine, what, lambda: describe_files(unfinished, engine.rank, engine.world_size), remedy)
+
+        def publish() -> None:
+            write_manifest(unfinished, {name: facts for share in shares for name, facts in share.items()})
+            _remove(final)  # left by a run that was resumed from before this step
+            os.rename(unfinished, final)
+            flush_folder(parent)
+
+        on_main_rank(engine, what, publish, remedy)
+    except CannotWrite:
+        if engine.is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    if engine.is_main and save_total_limit is not None:
+        prune(run_folder, save_total_limit)
     engine.barrier()
     return final
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, int]]:
-    """Size and CRC-32 of every file below `folder`, by relative path; each file is flushed to disk on the way."""
-    described = {}
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file():
-            continue
-        checksum = 0
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                checksum = zlib.crc32(block, checksum)
-            os.fsync(file.fileno())
-        described[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "crc32": checksum}
-    return described
+def space_needed(run_folder: Path, engine: Engine) -> int:
+    """Bytes that the next checkpoint takes: as many as the last one, before there is one an estimate from below."""
+    complete = list_checkpoints(run_folder)
+    last = checkpoint_bytes(complete[-1]) if complete else None
+    return last or engine.checkpoint_bytes
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+def _begin(unfinished: Path, needed: int) -> None:
+    """Make an empty folder to write into, if there is room for `needed` bytes. Raises `OSError`."""
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    free = free_bytes(unfinished)
+    if free is not None and free < needed:
+        raise OSError(f"it takes {gigabytes(needed)} and {gigabytes(free)} are free")
 
 
-def _publish(unfinished: Path, final: Path) -> None:
-    """Give a complete folder its name; a crash leaves either the old state or the new one."""
-    shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from before this step
-    os.rename(unfinished, final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _way_on(run_folder: Path) -> str:
+    """What to do once a checkpoint could not be written."""
+    complete = list_checkpoints(run_folder)
+    if not complete:
+        return "there is no earlier one. Make room, or choose another --output_dir."
+    return (
+        f"{complete[-1].name} is whole. Make room (a lower --save_total_limit keeps fewer), then go on with "
+        "--resume latest."
+    )
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, which first loses its name, so that it is never half there."""
+    if folder.exists():
+        removed = folder.with_name(REMOVED_PREFIX + folder.name)
+        shutil.rmtree(removed, ignore_errors=True)
+        folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)  # somebody may be reading it; the next start tries again
 
 
 def prune(run_folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; each loses its manifest first, so it is never half there."""
+    """Remove all but the newest `keep` checkpoints."""
     for folder in list_checkpoints(run_folder)[:-keep]:
-        (folder / MANIFEST_FILE).unlink()
-        shutil.rmtree(folder)
+        _remove(folder)
 
 
 def set_aside(run_folder: Path, resumed_step: int) -> None:
-    """Clear the way for a resumed run: unfinished saves go, checkpoints of later updates are renamed `superseded-...`.
+    """Clear the way for a resumed run: unfinished saves go, folders of later updates are renamed `superseded-...`.
 
     Left in place, a later one would be taken for the newest when the run is resumed again.
     """
-    for folder in (run_folder / CHECKPOINTS_FOLDER).glob(f"{UNFINISHED_PREFIX}*"):
-        shutil.rmtree(folder)
-    for folder in list_checkpoints(run_folder):
+    parent = run_folder / CHECKPOINTS_FOLDER
+    for prefix in (UNFINISHED_PREFIX, REMOVED_PREFIX):
+        for folder in parent.glob(f"{prefix}*"):
+            shutil.rmtree(folder)
+    for folder in _step_folders(run_folder):
         if folder.name > step_folder_name(resumed_step):
             superseded = folder.with_name(SUPERSEDED_PREFIX + folder.name)
             shutil.rmtree(superseded, ignore_errors=True)
             folder.rename(superseded)
 
 
+def _step_folders(run_folder: Path) -> list[Path]:
+    return sorted((run_folder / CHECKPOINTS_FOLDER).glob(f"{STEP_PREFIX}*"))
+
+
 def list_checkpoints(run_folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    folders = (run_folder / CHECKPOINTS_FOLDER).glob(f"{STEP_PREFIX}*")
-    return sorted(folder for folder in folders if (folder / MANIFEST_FILE).is_file())
+    return [folder for folder in _step_folders(run_folder) if (folder / MANIFEST_FILE).is_file()]
 
 
-def find_checkpoint(run_folder: Path, resume: str) -> Path | None:
-    """The checkpoint that `--resume` names; None for `latest` in a run that has none yet. Raises `UserError`."""
-    if resume == "latest":
-        complete = list_checkpoints(run_folder)
-        return complete[-1] if complete else None
-    folder = Path(resume)
+def find_checkpoint(
+    run_folder: Path, resume: str, known_damage: Mapping[Path, str] | None = None
+) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `--resume` names, and which newer ones `latest` passed over and why.
+
+    Checked are the names and sizes of its files; `known_damage` says what else was found. None for `latest` in a run
+    that has no checkpoint yet. Raises `UserError` where there are some but none that can be used: they are worth a look
+    before the run starts again from nothing.
+    """
+    known_damage = known_damage or {}
+    if resume != "latest":
+        return _named_checkpoint(run_folder, Path(resume), known_damage), []
+    passed_over: list[str] = []
+    for folder in reversed(_step_folders(run_folder)):
+        problem = known_damage.get(folder) or _damage(folder)
+        if problem is None:
+            return folder, [*_unfinished_after(folder), *passed_over]
+        passed_over.append(f"{folder.name}: {problem}")
+    if passed_over:
+        raise UserError(
+            f"resume (latest) finds no usable checkpoint in {run_folder / CHECKPOINTS_FOLDER} "
+            f"({'; '.join(passed_over)}); restore one, or start anew in another --output_dir."
+        )
+    return None, []
+
+
+def _unfinished_after(found: Path) -> list[str]:
+    """Saves of later updates than that of `found` that the end of the run cut short."""
+    names = sorted(folder.name.removeprefix(UNFINISHED_PREFIX) for folder in found.parent.glob(f"{UNFINISHED_PREFIX}*"))
+    return [f"{name}: it was being written when the run ended" for name in names if name > found.name]
+
+
+def _named_checkpoint(run_folder: Path, folder: Path, known_damage: Mapping[Path, str]) -> Path:
     if not (folder / MANIFEST_FILE).is_file():
         raise UserError(
-            f"resume ({resume}) must be 'latest' or a complete checkpoint folder such as "
+            f"resume ({folder}) must be 'latest' or a complete checkpoint folder such as "
             f"{run_folder / CHECKPOINTS_FOLDER / step_folder_name(1000)}; it holds no {MANIFEST_FILE}."
         )
+    problem = known_damage.get(folder) or _damage(folder)
+    if problem is not None:
+        raise UserError(f"checkpoint {folder} is damaged: {problem}; pass an older one, or --resume latest.")
     return folder
 
 
+def _damage(folder: Path) -> str | None:
+    """What can be said against a checkpoint without reading its large files."""
+    return find_damage(folder, checksums=False) or (
+        f"{TRAINER_STATE_FILE} is not readable" if _state_content(folder) is None else None
+    )
+
+
+def _state_content(folder: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads((folder / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and "version" in content else None
+
+
+def verify_together(folder: Path, engine: Engine) -> str | None:
+    """What is wrong with a checkpoint, every byte of it, or None; ranks share the reading and get the same answer."""
+    found = engine.gather(find_damage(folder, checksums=True, rank=engine.rank, world_size=engine.world_size))
+    return next((problem for problem in found if problem is not None), None)
+
+
 def read_state(folder: Path) -> TrainerState:
-    """Trainer state of a checkpoint whose files are all there in full. Raises `UserError` naming what is not."""
-    manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    for name, described in manifest["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != described["bytes"]:
-            raise UserError(
-                f"checkpoint {folder} is damaged: {name} is missing or not {described['bytes']} bytes long; "
-                "pass an older one with --resume PATH."
-            )
-    content = json.loads((folder / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
-    if content.get("version") != STATE_VERSION:
+    """Trainer state of a checkpoint that `find_checkpoint` found. Raises `UserError` where another program wrote it."""
+    content = _state_content(folder) or {}
+    names = {field.name for field in dataclasses.fields(TrainerState)}
+    if content.get("version") != STATE_VERSION or not names.issuperset(content):
         raise UserError(
             f"checkpoint {folder} has trainer state version {content.get('version')}, this program reads "
             f"{STATE_VERSION}; resume it with the version that wrote it."

@@ -166,10 +166,14 @@ def validation_stream(
 
 
 class SkippedLog:
-    """`skipped.tsv`: each file that was left out, once, with the reason; ranks append to the same file."""
+    """`skipped.tsv`: each file that was left out, once, with the reason; ranks append to the same file.
+
+    `failure` keeps the first `OSError` for a moment when all ranks can learn of it: one rank alone meets a broken file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.failure: OSError | None = None
         self.seen = self._listed()
 
     def _listed(self) -> set[str]:
@@ -183,9 +187,20 @@ class SkippedLog:
             name = item.path.encode("unicode_escape").decode("ascii")  # a name may hold a tab or a newline
             if name in self.seen:
                 continue
-            self.seen |= self._listed()  # another rank may have met the file
-            if name not in self.seen:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(f"{name}\t{item.reason}\n")
-                print(f"skipped {name}: {item.reason}", file=sys.stderr)
+            try:
+                self._append(name, item.reason)
+            except OSError as error:
+                self.failure = self.failure or error
             self.seen.add(name)
+
+    def _append(self, name: str, reason: str) -> None:
+        self.seen |= self._listed()  # another rank may have met the file
+        if name not in self.seen:
+            print(f"skipped {name}: {reason}", file=sys.stderr)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{name}\t{reason}\n")
+
+    def raise_failure(self) -> None:
+        """Raise the `OSError` of a file that could not be listed, if there was one."""
+        if self.failure is not None:
+            raise self.failure

@@ -7,8 +7,9 @@ import difflib
 import logging
 import os
 import socket
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -40,6 +42,8 @@ _SHAPES_GRADIENTS = (
 )
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+_PROBE_BYTES = 1 << 20
 
 
 class StepResult(NamedTuple):
@@ -66,6 +70,7 @@ class Engine:
     max_grad_norm: float
     uses_deepspeed: bool
     num_parameters: int
+    checkpoint_bytes: int  # what `save` writes at least
 
     @property
     def rank(self) -> int:
@@ -96,6 +101,14 @@ class Engine:
             # not accelerate's `reduce`, which returns its input where it does not recognise the process group
             torch.distributed.all_reduce(total)
         return total
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank brought (something small that can be pickled), in their order, on all ranks."""
+        if self.world_size == 1:
+            return [value]
+        gathered = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
 
     def average_batch_norms(self) -> None:
         """Give every rank the mean of all ranks' running statistics of batch norms, which each keeps for itself.
@@ -152,16 +165,24 @@ class Engine:
         return StepResult(grad_norm, skipped)
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state below `folder`; every rank calls it."""
+        """Write weights and optimizer state below `folder`; every rank calls it.
+
+        Raises:
+            OSError: this rank could not write; the others' calls return nevertheless.
+        """
+        writes = _Writes(folder)
         if self.uses_deepspeed:
-            self.model.save_checkpoint(str(folder), tag=DEEPSPEED_FOLDER, save_latest=False)
+            with writes.kept_apart(self.model):
+                self.model.save_checkpoint(str(folder), tag=DEEPSPEED_FOLDER, save_latest=False)
         elif self.is_main:
             model: nn.Module = self.accelerator.unwrap_model(self.model)
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-            save_file(state, folder / PLAIN_MODEL_FILE, metadata={"format": "pt"})
+            writes.attempt(save_file)(state, folder / PLAIN_MODEL_FILE, metadata={"format": "pt"})
             names = {parameter: name for name, parameter in model.named_parameters()}
             ordered = [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
-            torch.save({**self.optimizer.state_dict(), OPTIMIZER_NAMES_KEY: ordered}, folder / PLAIN_OPTIMIZER_FILE)
+            optimizer = {**self.optimizer.state_dict(), OPTIMIZER_NAMES_KEY: ordered}
+            writes.attempt(torch.save)(optimizer, folder / PLAIN_OPTIMIZER_FILE)
+        writes.raise_failure()
 
     def same_on_all_ranks(self, value: int) -> bool:
         """Whether every rank brought the same value (0 <= value < 10^7); the answer is the same on every rank."""
@@ -215,6 +236,55 @@ class Engine:
         self.accelerator.end_training()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+class _Writes:
+    """Calls that write below a folder; the first failure is kept until all ranks are through.
+
+    Between its writes DeepSpeed waits for all ranks; with one that had left, the others would wait until a timeout.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.failure: Exception | None = None
+
+    def attempt(self, write: Callable[..., Any]) -> Callable[..., None]:
+        """`write`, but a failure is kept, and after one nothing more is written."""
+
+        def attempted(*args: Any, **kwargs: Any) -> None:
+            if self.failure is None:
+                try:
+                    write(*args, **kwargs)
+                # torch and safetensors tell of a full disk in their own words
+                except (OSError, RuntimeError, SafetensorError) as error:
+                    self.failure = error
+
+        return attempted
+
+    @contextlib.contextmanager
+    def kept_apart(self, model: Any) -> Iterator[None]:
+        """Let the DeepSpeed engine `model` write through `attempt` (0.19.8: these three calls are all that write)."""
+        writer = model.checkpoint_engine
+        methods = ((writer, "save"), (writer, "makedirs"), (model, "_copy_recovery_script"))
+        for owner, name in methods:
+            setattr(owner, name, self.attempt(getattr(owner, name)))
+        try:
+            yield
+        finally:
+            for owner, name in methods:
+                delattr(owner, name)  # uncovers the class's own
+
+    def raise_failure(self) -> None:
+        """Raise what was kept as an `OSError` that says what the file system has to say about it."""
+        if self.failure is None:
+            return
+        if isinstance(self.failure, OSError):
+            raise self.failure
+        with tempfile.TemporaryFile(dir=self.folder) as probe:  # raises what torch did not tell
+            probe.write(bytes(_PROBE_BYTES))
+            probe.flush()
+            os.fsync(probe.fileno())
+        raise OSError(str(self.failure).splitlines()[0]) from self.failure
 
 
 def check_zero_section(ds_config: dict[str, Any]) -> None:
@@ -283,7 +353,9 @@ def build_engine(
         project_dir=str(project_folder),
     )
     _check_distributed_type(accelerator, wants_deepspeed=ds_config is not None)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())  # ZeRO-3 leaves empty ones behind
+    # now, because ZeRO-3 leaves empty ones behind
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    checkpoint_bytes = _checkpoint_bytes(model, ds_config, bf16)
     model.train()
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     return Engine(
@@ -293,7 +365,19 @@ def build_engine(
         max_grad_norm,
         uses_deepspeed=ds_config is not None,
         num_parameters=num_parameters,
+        checkpoint_bytes=checkpoint_bytes,
     )
+
+
+def _checkpoint_bytes(model: nn.Module, ds_config: dict[str, Any] | None, bf16: bool) -> int:
+    """What a checkpoint holds at least: AdamW's two moments in fp32, and the weights in each layout that is kept."""
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    num_frozen = sum(parameter.numel() for parameter in model.parameters()) - num_trained
+    if ds_config is None:
+        return 8 * num_trained + 4 * (num_trained + num_frozen)
+    width = 2 if bf16 else 4
+    weights = num_frozen if ds_config["zero_optimization"].get("stage") == 3 else num_trained + num_frozen
+    return 12 * num_trained + width * weights  # fp32 weights lie beside the moments
 
 
 def probe_engine(engine: Engine, model: nn.Module, ds_config: dict[str, Any]) -> Engine:

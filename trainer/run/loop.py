@@ -14,7 +14,7 @@ from trainer.data.batching import Cursor
 from trainer.data.collate import MaskSettings
 from trainer.data.frames import FrameGeometry
 from trainer.data.loader import Window
-from trainer.layout import METRICS_FILE
+from trainer.layout import METRICS_FILE, SKIPPED_FILE
 from trainer.model.schedules import gumbel_temperature, learning_rate
 from trainer.model.sizes import ModelConfig
 from trainer.run.checkpoint import TrainerState, save_checkpoint
@@ -26,6 +26,7 @@ from trainer.run.metrics import Totals, append_line, means
 from trainer.run.progress import Progress
 from trainer.run.signals import StopRequest
 from trainer.run.steps import audio_seconds, dropped_layers, forward, seed_micro_batch
+from trainer.run.storage import on_all_ranks
 from trainer.run.trackers import track
 
 EXIT_DONE = 0
@@ -182,8 +183,16 @@ class Run:
         return self.engine.device.type == "cuda"
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self.engine.is_main:
-            append_line(self.folder / METRICS_FILE, line)
+        """Append to the metrics, and end the run where a rank could not write its lines since the last time."""
+        path = self.folder / METRICS_FILE
+
+        def append() -> None:
+            if self.engine.is_main:
+                append_line(path, line)
+            self.skipped.raise_failure()
+
+        what = f"{path.name} or {SKIPPED_FILE} in {self.folder}"
+        on_all_ranks(self.engine, what, append, "mend that, then go on with --resume latest.")
         track(self.engine, line)
         self.progress.show(line)
 

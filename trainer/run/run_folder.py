@@ -1,10 +1,12 @@
 """Opens the run folder: a new run in a new folder, or a run that is continued; never one run over another."""
 
+import contextlib
 import fcntl
 import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +31,12 @@ _SHAPES = (
 _TRACES = (CONFIG_FILE, METRICS_FILE, CHECKPOINTS_FOLDER)
 
 
-def check_run_folder(arguments: PretrainArguments) -> tuple[Path, Path | None]:
-    """The run folder, which may not exist yet, and the checkpoint to resume from. Raises `UserError`.
+def check_run_folder(
+    arguments: PretrainArguments, known_damage: Mapping[Path, str] | None = None
+) -> tuple[Path, Path | None, list[str]]:
+    """The run folder, which may not exist yet, the checkpoint to resume from, and what was passed over for it.
+
+    Raises `UserError`. `known_damage`: checkpoints that are not what they were, and why.
 
     `--resume latest` in a folder without a complete checkpoint starts anew, so that a job which is killed before its
     first checkpoint can be submitted again unchanged.
@@ -42,13 +48,15 @@ def check_run_folder(arguments: PretrainArguments) -> tuple[Path, Path | None]:
         raise UserError(
             f"output_dir ({folder}) holds another run; continue it with --resume latest or choose another folder."
         )
-    checkpoint = None if arguments.resume is None else find_checkpoint(folder, arguments.resume)
+    checkpoint, passed_over = (
+        (None, []) if arguments.resume is None else find_checkpoint(folder, arguments.resume, known_damage)
+    )
     if checkpoint is not None and holds_a_run and folder.resolve() not in checkpoint.resolve().parents:
         raise UserError(
             f"output_dir ({folder}) holds another run than the checkpoint ({checkpoint}); name that run's folder, "
             "or a new one."
         )
-    return folder, checkpoint
+    return folder, checkpoint, passed_over
 
 
 def create_run_folder(folder: Path) -> None:
@@ -113,9 +121,9 @@ def lock_run_folder(folder: Path) -> TextIOWrapper:
         ) from error
     except OSError:
         return file  # a file system without locks: better unprotected than unusable
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk: the name of the holder is a courtesy, the lock is held
+        file.truncate(0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return file
 
 

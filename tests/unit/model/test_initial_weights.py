@@ -29,7 +29,7 @@ from trainer.model.batch_norm import running_statistics
 from trainer.model.initial_weights import check_initial_weights, load_initial_weights
 from trainer.model.pretraining import PretrainingModel, build_model
 from trainer.model.sizes import ModelConfig, load_model_config
-from trainer.run.checkpoint import describe_files
+from trainer.run.manifest import describe_files
 
 _TINY: dict[str, Any] = {
     "hidden_size": 16,

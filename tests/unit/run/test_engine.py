@@ -1,5 +1,8 @@
 """The engine's own arithmetic and its plain checkpoints, without ranks; tests/integration has the real ones."""
 
+import errno
+import resource
+import signal
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainer.model.batch_norm import BatchNorm
-from trainer.run.engine import Engine
+from trainer.run.engine import Engine, _Writes
 from trainer.run.trackers import start_tracker
 
 
@@ -35,7 +38,9 @@ def _engine(weight_decay: float = 0.01, max_grad_norm: float = 0.5) -> Engine:
     model = torch.nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=weight_decay, betas=(0.9, 0.98))
     accelerator = cast(Accelerator, OneProcess())
-    return Engine(accelerator, model, optimizer, max_grad_norm, uses_deepspeed=False, num_parameters=4)
+    return Engine(
+        accelerator, model, optimizer, max_grad_norm, uses_deepspeed=False, num_parameters=4, checkpoint_bytes=48
+    )
 
 
 def _update(engine: Engine, scale: float = 1.0) -> None:
@@ -108,3 +113,54 @@ def test_running_statistics_become_the_mean_over_ranks(monkeypatch: pytest.Monke
     engine.average_batch_norms()
     assert engine.model[1].running_mean.tolist() == [3.0] * 3
     assert engine.model[2].running_var.tolist() == [2.5] * 3  # (1 + 4) / 2
+
+
+@pytest.mark.parametrize("fits", ["weights", "nothing"])
+def test_a_file_that_cannot_grow_is_an_error_of_the_file_system(tmp_path: Path, fits: str) -> None:
+    """torch and safetensors do not raise `OSError` for it; a limit on file sizes needs no root and no small disk."""
+    engine = _engine()
+    engine.model = torch.nn.Linear(300, 300)
+    engine.optimizer = torch.optim.AdamW(engine.model.parameters())
+    _ = engine.model(torch.ones(1, 300)).sum().backward()
+    engine.optimizer.step()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000 if fits == "weights" else 100_000, before[1]))
+        with pytest.raises(OSError, match="File too large"):
+            engine.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "optimizer.pt").exists() == (fits == "weights")  # nothing more is written after a failure
+
+
+def test_deepspeed_writes_to_the_end_whatever_fails() -> None:
+    """Between its writes it waits for all ranks, so a call that raised would leave the others waiting."""
+
+    class Writer:
+        def makedirs(self, path: str) -> None:
+            done.append("makedirs")
+
+        def save(self, path: str) -> None:
+            done.append(path)
+            raise OSError(errno.EIO, "Input/output error")
+
+    class Model:
+        checkpoint_engine = Writer()
+
+        def _copy_recovery_script(self, path: str) -> None:
+            done.append("script")
+
+    done: list[str] = []
+    model, writes = Model(), _Writes(Path("unused"))
+    with writes.kept_apart(model):
+        model.checkpoint_engine.makedirs("folder")
+        model.checkpoint_engine.save("weights")
+        model.checkpoint_engine.save("optimizer")
+        model._copy_recovery_script("folder")
+    assert done == ["makedirs", "weights"]
+    with pytest.raises(OSError, match="Input/output error"):
+        writes.raise_failure()
+    with pytest.raises(OSError, match="Input/output error"):
+        model.checkpoint_engine.save("as before")

@@ -13,6 +13,7 @@ from trainer.arguments import PretrainArguments, dump_recipe
 from trainer.errors import UserError
 from trainer.model.sizes import SIZES
 from trainer.run.checkpoint import TrainerState
+from trainer.run.manifest import describe_files, write_manifest
 from trainer.run.run_folder import (
     Split,
     changed_settings,
@@ -34,12 +35,13 @@ def _arguments(folder: Path, resume: str | None = None) -> PretrainArguments:
 def _checkpoint(run: Path) -> Path:
     folder = run / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text("{}")
+    (folder / "trainer_state.json").write_text('{"version": 1}')
+    write_manifest(folder, describe_files(folder))
     return folder
 
 
 def test_a_new_folder_is_made_and_an_empty_one_taken(tmp_path: Path) -> None:
-    assert check_run_folder(_arguments(tmp_path / "a" / "b")) == (tmp_path / "a" / "b", None)
+    assert check_run_folder(_arguments(tmp_path / "a" / "b")) == (tmp_path / "a" / "b", None, [])
     assert not (tmp_path / "a").exists()
     create_run_folder(tmp_path / "a" / "b")
     assert check_run_folder(_arguments(tmp_path / "a" / "b", resume="latest"))[1] is None

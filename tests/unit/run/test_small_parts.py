@@ -118,6 +118,14 @@ def test_without_a_terminal_each_line_is_printed(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == ""
 
 
+def test_a_skipped_file_that_cannot_be_listed_is_told_later(tmp_path: Path) -> None:
+    log = SkippedLog(tmp_path / "missing" / "skipped.tsv")
+    log.raise_failure()
+    log.add([Skipped("a.wav", "empty")])  # one rank alone gets here, and must not leave the others waiting
+    with pytest.raises(FileNotFoundError):
+        log.raise_failure()
+
+
 def test_skipped_files_are_listed_once_across_ranks(tmp_path: Path) -> None:
     first, second = SkippedLog(tmp_path / "skipped.tsv"), SkippedLog(tmp_path / "skipped.tsv")
     first.add([Skipped("/a\tb\n.wav", "empty")])
