@@ -1,18 +1,23 @@
 """A tensor of a checkpoint that is known but not yet in memory: what the readers return and the writer takes."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 
 class Weight(NamedTuple):
-    """One key of a state dict; `read` gathers its tensor (of `shape` and `dtype`) anew at each call."""
+    """One key of a state dict: flat tensors, mapped from files, which hold the elements of `shape` in order."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], torch.Tensor]
+    slices: tuple[torch.Tensor, ...]
+
+    def read(self) -> torch.Tensor:
+        """The whole tensor; a copy where it lies in several slices."""
+        if len(self.slices) == 1:
+            return self.slices[0].view(self.shape)
+        return torch.cat(self.slices).view(self.shape) if self.slices else torch.empty(self.shape, dtype=self.dtype)
 
 
 def output_dtype(weight: Weight, requested: torch.dtype) -> torch.dtype:
@@ -24,7 +29,8 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two tensors hold the same bytes: unlike with `torch.equal`, -0.0 and 0.0 differ, a NaN equals itself."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    return torch.equal(as_bytes(left), as_bytes(right))
+    # Through numpy: torch compares bytes at a twentieth of the speed.
+    return bool((as_bytes(left).numpy() == as_bytes(right).numpy()).all())
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

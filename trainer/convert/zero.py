@@ -8,7 +8,6 @@ they are cut.
 import math
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +168,7 @@ def _in_model_order(path: Path, model: State, found: dict[str, Weight]) -> list[
 
 
 def _gathered(name: str, shape: Sequence[int], slices: list[torch.Tensor]) -> Weight:
-    dtype = slices[0].dtype if slices else torch.float32
-    return Weight(name, tuple(shape), dtype, partial(_gather, tuple(shape), dtype, slices))
-
-
-def _gather(shape: tuple[int, ...], dtype: torch.dtype, slices: list[torch.Tensor]) -> torch.Tensor:
-    if len(slices) == 1:
-        return slices[0].view(shape)
-    return torch.cat(slices).view(shape) if slices else torch.empty(shape, dtype=dtype)
+    return Weight(name, tuple(shape), slices[0].dtype if slices else torch.float32, tuple(slices))
 
 
 def _partitions(path: Path, state: State, key: str) -> list[torch.Tensor]:
