@@ -7,19 +7,33 @@ from typing import Any, NamedTuple
 
 from trainer.convert.archive import file_crc32, plain_crc32
 from trainer.convert.errors import ConversionError
-from trainer.layout import CHECKPOINTS_FOLDER, MANIFEST_FILE, STEP_PREFIX, TRAINER_STATE_FILE
+from trainer.layout import (
+    CHECKPOINTS_FOLDER,
+    DEEPSPEED_FOLDER,
+    MANIFEST_FILE,
+    PLAIN_MODEL_FILE,
+    STEP_PREFIX,
+    TRAINER_STATE_FILE,
+)
 
 LAYOUT_VERSION = 1
+WEIGHTS = {"deepspeed": DEEPSPEED_FOLDER, "plain": PLAIN_MODEL_FILE}
 STEP_FOLDER = re.compile(re.escape(STEP_PREFIX) + r"(\d+)")
 
 
 class Checkpoint(NamedTuple):
-    """What `trainer_state.json` tells of one complete step folder."""
+    """What is known of one complete checkpoint before its weights are read.
+
+    `weights` is the folder of one DeepSpeed tag or, of the `plain` engine, a safetensors file; `configuration` is the
+    folder with `config.json`.
+    """
 
     folder: Path
     step: int
     world_size: int
     engine: str
+    weights: Path
+    configuration: Path
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -63,11 +77,19 @@ def open_checkpoint(folder: Path, *, checksums: bool) -> Checkpoint:
         _check_file(folder / name, facts, checksums=checksums)
     path = folder / TRAINER_STATE_FILE
     state = read_layout(path)
+    engine = _field(path, state, "engine", str)
+    if engine not in WEIGHTS:
+        raise ConversionError(
+            f"{path}: engine ({engine}) must be one of {', '.join(WEIGHTS)}; "
+            "convert with the version of the trainer that wrote the checkpoint."
+        )
     return Checkpoint(
         folder=folder,
         step=_field(path, state, "step", int),
         world_size=_field(path, state, "world_size", int),
-        engine=_field(path, state, "engine", str),
+        engine=engine,
+        weights=folder / WEIGHTS[engine],
+        configuration=folder,
     )
 
 

@@ -1,5 +1,6 @@
 """Reads the checkpoint of a run without DeepSpeed: one safetensors file with the full state dict."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,4 +28,6 @@ def read_plain(path: Path) -> list[Weight]:
 
 def _weight(name: str, handle: Any) -> Weight:
     tensor = handle.get_tensor(name)  # mapped from the file: no bytes are read before they are looked at
-    return Weight(name, tuple(tensor.shape), tensor.dtype, (tensor.reshape(-1),))
+    return Weight(
+        name, tuple(tensor.shape), tensor.dtype, partial(handle.get_tensor, name), slices=(tensor.reshape(-1),)
+    )

@@ -67,7 +67,7 @@ class BlockReader:
         Raises:
             ConversionError: a file has become shorter.
         """
-        for part in weight.slices:
+        for part in weight.slices or (weight.read().reshape(-1),):
             extent = self._locate(part)
             numel = BLOCK_BYTES // part.itemsize
             if extent is None:

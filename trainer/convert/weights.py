@@ -1,23 +1,22 @@
 """A tensor of a checkpoint that is known but not yet in memory: what the readers return and the writer takes."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 
 class Weight(NamedTuple):
-    """One key of a state dict: flat tensors, mapped from files, which hold the elements of `shape` in order."""
+    """One key of a state dict; `read` gathers its tensor (of `shape` and `dtype`) anew at each call.
+
+    `slices` are the flat tensors, mapped from files, that hold its elements in order; empty where `read` computes them.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    slices: tuple[torch.Tensor, ...]
-
-    def read(self) -> torch.Tensor:
-        """The whole tensor; a copy where it lies in several slices."""
-        if len(self.slices) == 1:
-            return self.slices[0].view(self.shape)
-        return torch.cat(self.slices).view(self.shape) if self.slices else torch.empty(self.shape, dtype=self.dtype)
+    read: Callable[[], torch.Tensor]
+    slices: tuple[torch.Tensor, ...] = ()
 
 
 def output_dtype(weight: Weight, requested: torch.dtype) -> torch.dtype:

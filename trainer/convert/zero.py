@@ -8,6 +8,7 @@ they are cut.
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,24 @@ def read_zero(folder: Path, *, world_size: int) -> list[Weight]:
             "only checkpoints of ZeRO-1, 2 and 3 can be converted."
         )
     return _in_model_order(model_files[0], models[0], found)
+
+
+def describe_save(folder: Path) -> tuple[int, int]:
+    """World size and update that the shards themselves tell: the step folder of another trainer has no other record.
+
+    Raises:
+        ConversionError: a file is unreadable or of another layout.
+    """
+    shards = sorted(folder.glob("*zero_pp_rank_*_optim_states.pt"))
+    models = sorted(folder.glob("*_model_states.pt"))
+    if not shards or not models:
+        missing = "model" if shards else "optim"
+        raise ConversionError(f"{folder}: *_{missing}_states.pt are missing; copy the shards of all nodes here.")
+    state = _field(shards[0], safe_load(shards[0]), "optimizer_state_dict")
+    saved = _field(shards[0], state, "partition_count")
+    return max(saved) if isinstance(saved, list) else saved, int(
+        _field(models[0], safe_load(models[0]), "global_steps")
+    )
 
 
 def rank_files(folder: Path, kind: str, world_size: int) -> list[Path]:
@@ -168,7 +187,14 @@ def _in_model_order(path: Path, model: State, found: dict[str, Weight]) -> list[
 
 
 def _gathered(name: str, shape: Sequence[int], slices: list[torch.Tensor]) -> Weight:
-    return Weight(name, tuple(shape), slices[0].dtype if slices else torch.float32, tuple(slices))
+    dtype = slices[0].dtype if slices else torch.float32
+    return Weight(name, tuple(shape), dtype, partial(_gather, tuple(shape), dtype, slices), tuple(slices))
+
+
+def _gather(shape: tuple[int, ...], dtype: torch.dtype, slices: list[torch.Tensor]) -> torch.Tensor:
+    if len(slices) == 1:
+        return slices[0].view(shape)
+    return torch.cat(slices).view(shape) if slices else torch.empty(shape, dtype=dtype)
 
 
 def _partitions(path: Path, state: State, key: str) -> list[torch.Tensor]:

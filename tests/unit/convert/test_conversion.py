@@ -279,5 +279,5 @@ def test_wrong_arguments(plain_run: Any, tmp_path: Path, arguments: dict[str, st
 
 def test_unknown_engine(plain_run: Any, seal: Callable[..., None], tmp_path: Path) -> None:
     seal(plain_run.step_folder, engine="fsdp")
-    with pytest.raises(ConversionError, match=r"engine \(fsdp\) must be deepspeed or plain"):
+    with pytest.raises(ConversionError, match=r"engine \(fsdp\) must be one of deepspeed, plain"):
         convert(plain_run.folder, tmp_path / "out")

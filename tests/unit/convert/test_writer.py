@@ -30,7 +30,7 @@ def peak():  # VmHWM, not ru_maxrss: that one begins with the peak of the proces
 
 path, out, dtype = Path(sys.argv[1]), Path(sys.argv[2]), getattr(torch, sys.argv[3].removeprefix("torch."))
 tensors = torch.load(path, mmap=True, weights_only=True)
-weights = [Weight(str(n), (len(t),), t.dtype, (t,)) for n, t in enumerate(tensors)]
+weights = [Weight(str(n), (len(t),), t.dtype, t.clone, (t,)) for n, t in enumerate(tensors)]
 before = peak()
 write_shards(out, plan_shards(weights, dtype, 10**9), dtype)
 check_written(out, weights, dtype)
@@ -39,7 +39,7 @@ print(peak() - before)
 
 
 def weight(name: str, tensor: torch.Tensor) -> Weight:
-    return Weight(name, tuple(tensor.shape), tensor.dtype, (tensor.reshape(-1),))
+    return Weight(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def mixed_weights() -> dict[str, torch.Tensor]:
