@@ -88,7 +88,7 @@ def run(step_folder: Path, results: Path, rounds: int) -> dict[str, list[Measure
 
 def table(measured: dict[str, list[Measurement]]) -> list[str]:
     def median(name: str, field: str) -> float:
-        return statistics.median(getattr(measurement, field) for measurement in measured[name])
+        return float(statistics.median(getattr(measurement, field) for measurement in measured[name]))
 
     lines = [
         "| | seconds, median (all) | CPU seconds | peak resident memory | times faster | memory, of DeepSpeed's |",
@@ -126,7 +126,7 @@ def write_checkpoint(step_folder: Path, size: str, stage: int) -> None:
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
-    from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
+    from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining
 
     from trainer.convert.archive import plain_crc32
     from trainer.convert.partition import cut_group, share_numel
@@ -134,6 +134,8 @@ def write_checkpoint(step_folder: Path, size: str, stage: int) -> None:
 
     torch.manual_seed(0)
     config = shipped_config(size)
+    if not isinstance(config, Wav2Vec2Config):
+        raise SystemExit(f"--size ({size}) must be a wav2vec2 model")
     model = Wav2Vec2ForPreTraining(config)
     config.architectures = ["Wav2Vec2ForPreTraining"]
     folder = step_folder / "deepspeed"

@@ -16,7 +16,7 @@ from trainer.convert.foreign import find_foreign, open_foreign
 from trainer.convert.plain import read_plain
 from trainer.convert.verify import check_names, check_written, stock_shapes
 from trainer.convert.weights import Weight
-from trainer.convert.writer import check_destination, parse_size, plan_shards, published_folder, write_shards
+from trainer.convert.writer import check_destination, flushing, parse_size, plan_shards, published_folder, write_shards
 from trainer.convert.zero import read_zero
 
 DTYPES = {
@@ -87,7 +87,8 @@ def convert(
             check_names(weights, stock_shapes(staging))
         write_shards(staging, plan_shards(weights, target, max_shard_bytes), target)
         if verify:
-            check_written(staging, weights, target)
+            with flushing(staging):
+                check_written(staging, weights, target)
         sizes = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
     return ConversionReport(
         checkpoint=folder,

@@ -12,7 +12,7 @@ def check_repository_name(name: str) -> None:
         ConversionError: the name is not OWNER/MODEL or MODEL.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not declared
 
     try:
         validate_repo_id(name)

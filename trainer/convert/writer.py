@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -184,6 +185,15 @@ def published_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+@contextmanager
+def flushing(folder: Path) -> Iterator[None]:
+    """Send the files of a folder to the disk meanwhile, which keeps `published_folder` from waiting for it."""
+    with ThreadPoolExecutor(1) as pool:
+        flushed = pool.map(_fsync, list(folder.iterdir()))
+        yield
+    list(flushed)  # raises what a flush has raised
 
 
 def _replace(staging: Path, out: Path, *, retired: Path) -> None:
