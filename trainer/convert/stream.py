@@ -111,7 +111,8 @@ def mapped_files() -> list[Mapping]:
         if inode != b"0" and name:
             start, stop = (int(address, 16) for address in addresses.split(b"-"))
             found.append(Mapping(start, stop, int(offset, 16), Path(os.fsdecode(name[0]))))
-    return [mapping for mapping in found if mapping.path.suffix in (".pt", ".safetensors")]
+    # A name that is written otherwise there (one with a line break) is no file; such weights are read where they lie.
+    return [mapping for mapping in found if mapping.path.suffix in (".pt", ".safetensors") and mapping.path.is_file()]
 
 
 def read_exactly(descriptor: int, values: torch.Tensor, start: int, path: Path) -> None:
