@@ -2,25 +2,38 @@
 
 import json
 import re
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainer.convert.archive import file_crc32, plain_crc32
 from trainer.convert.errors import ConversionError
-from trainer.layout import CHECKPOINTS_FOLDER, MANIFEST_FILE, STEP_PREFIX, TRAINER_STATE_FILE
+from trainer.layout import (
+    CHECKPOINTS_FOLDER,
+    DEEPSPEED_FOLDER,
+    MANIFEST_FILE,
+    PLAIN_MODEL_FILE,
+    STEP_PREFIX,
+    TRAINER_STATE_FILE,
+)
 
 LAYOUT_VERSION = 1
+WEIGHTS = {"deepspeed": DEEPSPEED_FOLDER, "plain": PLAIN_MODEL_FILE}
 STEP_FOLDER = re.compile(re.escape(STEP_PREFIX) + r"(\d+)")
-READ_BYTES = 1 << 22
 
 
 class Checkpoint(NamedTuple):
-    """What `trainer_state.json` tells of one complete step folder."""
+    """What is known of one complete checkpoint before its weights are read.
+
+    `weights` is the folder of one DeepSpeed tag or, of the `plain` engine, a safetensors file; `configuration` is the
+    folder with `config.json`.
+    """
 
     folder: Path
     step: int
     world_size: int
     engine: str
+    weights: Path
+    configuration: Path
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -50,6 +63,8 @@ def find_checkpoint(source: Path) -> Path:
 def open_checkpoint(folder: Path, *, checksums: bool) -> Checkpoint:
     """Check every file that the manifest lists (size, and CRC-32 if `checksums`) and read the trainer's state.
 
+    The CRC-32 of files of torch is checked without reading their tensors; `check_written` checks those it compares.
+
     Raises:
         ConversionError: the folder is an unfinished save, a file is missing or damaged, or the layout is unknown.
     """
@@ -62,11 +77,19 @@ def open_checkpoint(folder: Path, *, checksums: bool) -> Checkpoint:
         _check_file(folder / name, facts, checksums=checksums)
     path = folder / TRAINER_STATE_FILE
     state = read_layout(path)
+    engine = _field(path, state, "engine", str)
+    if engine not in WEIGHTS:
+        raise ConversionError(
+            f"{path}: engine ({engine}) must be one of {', '.join(WEIGHTS)}; "
+            "convert with the version of the trainer that wrote the checkpoint."
+        )
     return Checkpoint(
         folder=folder,
         step=_field(path, state, "step", int),
         world_size=_field(path, state, "world_size", int),
-        engine=_field(path, state, "engine", str),
+        engine=engine,
+        weights=folder / WEIGHTS[engine],
+        configuration=folder,
     )
 
 
@@ -114,16 +137,9 @@ def _check_file(path: Path, facts: dict[str, Any], *, checksums: bool) -> None:
             f"{path}: has {num_bytes} bytes where manifest.json says {facts['bytes']}; copy it again, or take another "
             "checkpoint."
         )
-    if checksums and facts.get("crc32") is not None and (crc := _crc32(path)) != facts["crc32"]:
+    # Where torch was told not to compute them (`set_crc32_options`), an archive holds other numbers: read all of it.
+    expected = facts.get("crc32")
+    if checksums and expected not in (None, file_crc32(path)) and (crc := plain_crc32(path)) != expected:
         raise ConversionError(
-            f"{path}: CRC-32 is {crc} where manifest.json says {facts['crc32']}; copy it again, or take another "
-            "checkpoint."
+            f"{path}: CRC-32 is {crc} where manifest.json says {expected}; copy it again, or take another checkpoint."
         )
-
-
-def _crc32(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(READ_BYTES):
-            crc = zlib.crc32(chunk, crc)
-    return crc

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trainer.convert.card import model_card
+from trainer.convert.card import model_card, read_run
 from trainer.convert.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, read_json
 from trainer.convert.errors import ConversionError
+from trainer.convert.foreign import find_foreign, open_foreign
 from trainer.convert.plain import read_plain
 from trainer.convert.verify import check_names, check_written, stock_shapes
 from trainer.convert.weights import Weight
-from trainer.convert.writer import check_destination, parse_size, plan_shards, published_folder, write_shards
+from trainer.convert.writer import check_destination, flushing, parse_size, plan_shards, published_folder, write_shards
 from trainer.convert.zero import read_zero
-from trainer.layout import DEEPSPEED_FOLDER, PLAIN_MODEL_FILE, TRAINER_STATE_FILE
 
 DTYPES = {
     "fp32": torch.float32,
@@ -52,16 +52,20 @@ def convert(
     max_shard_size: str = "5GB",
     verify: bool = True,
     overwrite: bool = False,
+    config_from: Path | None = None,
 ) -> ConversionReport:
     """Write the weights of a checkpoint, its configuration and a card into `out`, which appears whole or not at all.
 
     Args:
-        source: a run folder (its newest complete checkpoint is taken) or one step folder.
+        source: a run folder (its newest complete checkpoint is taken), one step folder, or a checkpoint that another
+            trainer saved through DeepSpeed: the folder given to accelerate's `save_state`, or to DeepSpeed's
+            `save_checkpoint`, or the folder of one tag.
         out: a folder that is new or empty, or with `overwrite` an earlier model folder.
         dtype: fp32 (default), bf16 or fp16 for the floating-point weights.
         max_shard_size: largest size of one safetensors file, such as 5GB or 500MB.
         verify: check the input's checksums, compare the names with the stock model, and read the result back.
         overwrite: replace a model folder at `out`.
+        config_from: folder with `config.json` and `preprocessor_config.json`; by default those of the checkpoint.
 
     Raises:
         ConversionError: an argument or the checkpoint is wrong; `out` is then as it was.
@@ -69,9 +73,12 @@ def convert(
     started = time.monotonic()
     target = resolve_dtype(dtype)
     max_shard_bytes = parse_size(max_shard_size)
-    folder = find_checkpoint(source)
+    tag = find_foreign(source)
+    folder = find_checkpoint(source) if tag is None else tag
     check_destination(out, folder, overwrite=overwrite)
-    checkpoint = open_checkpoint(folder, checksums=verify)
+    checkpoint = open_checkpoint(folder, checksums=verify) if tag is None else open_foreign(tag)
+    if config_from is not None:
+        checkpoint = checkpoint._replace(configuration=config_from)
     weights = read_weights(checkpoint)
     num_parameters = sum(math.prod(weight.shape) for weight in weights)
     with published_folder(out) as staging:
@@ -80,7 +87,8 @@ def convert(
             check_names(weights, stock_shapes(staging))
         write_shards(staging, plan_shards(weights, target, max_shard_bytes), target)
         if verify:
-            check_written(staging, weights, target)
+            with flushing(staging):
+                check_written(staging, weights, target)
         sizes = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
     return ConversionReport(
         checkpoint=folder,
@@ -118,33 +126,42 @@ def read_weights(checkpoint: Checkpoint) -> Sequence[Weight]:
     """The model's state dict, not yet in memory.
 
     Raises:
-        ConversionError: the checkpoint cannot be read, or was saved by an unknown engine.
+        ConversionError: the checkpoint cannot be read.
     """
     if checkpoint.engine == "deepspeed":
-        return read_zero(checkpoint.folder / DEEPSPEED_FOLDER, world_size=checkpoint.world_size)
-    if checkpoint.engine == "plain":
-        return read_plain(checkpoint.folder / PLAIN_MODEL_FILE)
-    raise ConversionError(
-        f"{checkpoint.folder / TRAINER_STATE_FILE}: engine ({checkpoint.engine}) must be deepspeed or plain; "
-        "convert with the version of the trainer that wrote the checkpoint."
-    )
+        return read_zero(checkpoint.weights, world_size=checkpoint.world_size)
+    return read_plain(checkpoint.weights)
 
 
 def write_configuration(staging: Path, checkpoint: Checkpoint, dtype: torch.dtype, num_parameters: int) -> None:
-    """Copy the model's and the feature extractor's configuration, with the type of these weights, and add the card."""
-    config = read_json(checkpoint.folder / "config.json")
-    preprocessor = read_json(checkpoint.folder / "preprocessor_config.json")
+    """Copy the model's and the feature extractor's configuration, with the type of these weights, and add the card.
+
+    Raises:
+        ConversionError: a configuration is missing or unreadable.
+    """
+    config = _configuration(checkpoint, "config.json")
+    preprocessor = _configuration(checkpoint, "preprocessor_config.json")
     _write_json(staging / "config.json", config | {"dtype": dtype_name(dtype)})
     _write_json(staging / "preprocessor_config.json", preprocessor)
     card = model_card(
-        architecture=(config.get("architectures") or ["Model"])[0],
-        model_type=config.get("model_type", "wav2vec2"),
+        config,
+        read_run(checkpoint.folder, checkpoint.step),
         step=checkpoint.step,
         num_parameters=num_parameters,
         dtype=dtype_name(dtype),
         sampling_rate=preprocessor.get("sampling_rate", 16000),
     )
     (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+def _configuration(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    path = checkpoint.configuration / name
+    if checkpoint.folder == checkpoint.weights and not path.is_file():
+        raise ConversionError(
+            f"{path}: missing; a checkpoint of another trainer holds weights alone. Give a folder with {name} by "
+            "--config_from, such as that of a model saved with save_pretrained."
+        )
+    return read_json(path)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

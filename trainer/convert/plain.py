@@ -11,7 +11,7 @@ from trainer.convert.weights import Weight
 
 
 def read_plain(path: Path) -> list[Weight]:
-    """The weights of a safetensors file, each read from the file when asked for.
+    """The weights of a safetensors file, mapped from it.
 
     Raises:
         ConversionError: the file is not safetensors or is cut short.
@@ -28,4 +28,6 @@ def read_plain(path: Path) -> list[Weight]:
 
 def _weight(name: str, handle: Any) -> Weight:
     tensor = handle.get_tensor(name)  # mapped from the file: no bytes are read before they are looked at
-    return Weight(name, tuple(tensor.shape), tensor.dtype, partial(handle.get_tensor, name))
+    return Weight(
+        name, tuple(tensor.shape), tensor.dtype, partial(handle.get_tensor, name), slices=(tensor.reshape(-1),)
+    )

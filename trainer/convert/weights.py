@@ -7,12 +7,16 @@ import torch
 
 
 class Weight(NamedTuple):
-    """One key of a state dict; `read` gathers its tensor (of `shape` and `dtype`) anew at each call."""
+    """One key of a state dict; `read` gathers its tensor (of `shape` and `dtype`) anew at each call.
+
+    `slices` are the flat tensors, mapped from files, that hold its elements in order; empty where `read` computes them.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
+    slices: tuple[torch.Tensor, ...] = ()
 
 
 def zeros(name: str, shape: tuple[int, ...]) -> Weight:
@@ -29,7 +33,8 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two tensors hold the same bytes: unlike with `torch.equal`, -0.0 and 0.0 differ, a NaN equals itself."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    return torch.equal(as_bytes(left), as_bytes(right))
+    # Through numpy: torch compares bytes at a twentieth of the speed.
+    return bool((as_bytes(left).numpy() == as_bytes(right).numpy()).all())
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Writes weights as safetensors shards, one tensor in memory at a time, and publishes a folder whole or not at all.
+"""Writes weights as safetensors shards, block by block, and publishes a folder whole or not at all.
 
 The shards are written here and not by `safetensors.torch.save_file` because that takes a whole shard in memory. The
 format (https://github.com/huggingface/safetensors#format): the header's length in 8 bytes, a JSON header with the type,
@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from trainer.convert.errors import ConversionError
+from trainer.convert.stream import BlockReader, on_all_cores
 from trainer.convert.weights import Weight, as_bytes, output_dtype
 
 TYPE_NAMES = {
@@ -89,8 +91,9 @@ def num_bytes(weight: Weight, dtype: torch.dtype) -> int:
 
 def write_shards(folder: Path, shards: Sequence[Shard], dtype: torch.dtype) -> None:
     """Write the shards and, if there is more than one, their index, as `save_pretrained` lays them out."""
-    for shard in shards:
-        _write_safetensors(folder / shard.file_name, shard.weights, dtype)
+    with BlockReader() as reader:
+        for shard in shards:
+            _write_safetensors(folder / shard.file_name, shard.weights, dtype, reader)
     if len(shards) > 1:
         weights = [weight for shard in shards for weight in shard.weights]
         index = {
@@ -103,23 +106,42 @@ def write_shards(folder: Path, shards: Sequence[Shard], dtype: torch.dtype) -> N
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_safetensors(path: Path, weights: Sequence[Weight], dtype: torch.dtype) -> None:
+def _write_safetensors(path: Path, weights: Sequence[Weight], dtype: torch.dtype, reader: BlockReader) -> None:
     # Wider types first, so that every tensor starts at a multiple of its element size.
     weights = sorted(weights, key=lambda weight: -output_dtype(weight, dtype).itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts = []
     start = 0
     for weight in weights:
         stop = start + num_bytes(weight, dtype)
         kind = TYPE_NAMES[output_dtype(weight, dtype)]
         header[weight.name] = {"dtype": kind, "shape": list(weight.shape), "data_offsets": [start, stop]}
+        starts.append(start)
         start = stop
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
-        for weight in weights:
-            file.write(as_bytes(weight.read().to(output_dtype(weight, dtype))).numpy().data)
+        file.flush()
+        first = file.tell()
+
+        def write(item: tuple[Weight, int]) -> None:
+            weight, start = item
+            position = first + start
+            for block in reader.blocks(weight):
+                content = as_bytes(block.values.to(output_dtype(weight, dtype))).numpy().data
+                position += _write_all(file.fileno(), content, position)
+
+        on_all_cores(write, zip(weights, starts, strict=True))
+
+
+def _write_all(descriptor: int, content: memoryview, position: int) -> int:
+    """Write all of `content` at a position of a file; returns its length."""
+    written = 0
+    while written < len(content):
+        written += os.pwrite(descriptor, content[written:], position + written)
+    return written
 
 
 def check_destination(out: Path, checkpoint: Path, *, overwrite: bool) -> None:
@@ -163,6 +185,15 @@ def published_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+@contextmanager
+def flushing(folder: Path) -> Iterator[None]:
+    """Send the files of a folder to the disk meanwhile, which keeps `published_folder` from waiting for it."""
+    with ThreadPoolExecutor(1) as pool:
+        flushed = pool.map(_fsync, list(folder.iterdir()))
+        yield
+    list(flushed)  # raises what a flush has raised
 
 
 def _replace(staging: Path, out: Path, *, retired: Path) -> None:

@@ -120,6 +120,24 @@ def _weights(shards: Shards) -> list[Weight]:
     return _in_model_order(shards.model_files[0], shards.models[0], found)
 
 
+def describe_save(folder: Path) -> tuple[int, int]:
+    """World size and update that the shards themselves tell: the step folder of another trainer has no other record.
+
+    Raises:
+        ConversionError: a file is unreadable or of another layout.
+    """
+    shards = sorted(folder.glob("*zero_pp_rank_*_optim_states.pt"))
+    models = sorted(folder.glob("*_model_states.pt"))
+    if not shards or not models:
+        missing = "model" if shards else "optim"
+        raise ConversionError(f"{folder}: *_{missing}_states.pt are missing; copy the shards of all nodes here.")
+    state = _field(shards[0], safe_load(shards[0]), "optimizer_state_dict")
+    saved = _field(shards[0], state, "partition_count")
+    return max(saved) if isinstance(saved, list) else saved, int(
+        _field(models[0], safe_load(models[0]), "global_steps")
+    )
+
+
 def rank_files(folder: Path, kind: str, world_size: int) -> list[Path]:
     """The `kind` ("optim" or "model") files of all ranks, in rank order."""
     found: dict[int, Path] = {}
@@ -241,7 +259,7 @@ def _gathered_places(places: dict[str, Place], partitions: Partitions) -> dict[s
 
 def _gathered(name: str, shape: Sequence[int], slices: list[torch.Tensor]) -> Weight:
     dtype = slices[0].dtype if slices else torch.float32
-    return Weight(name, tuple(shape), dtype, partial(_gather, tuple(shape), dtype, slices))
+    return Weight(name, tuple(shape), dtype, partial(_gather, tuple(shape), dtype, slices), tuple(slices))
 
 
 def _gather(shape: tuple[int, ...], dtype: torch.dtype, slices: list[torch.Tensor]) -> torch.Tensor:

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 WORKER = Path(__file__).with_name("save_checkpoints.py")
+ACCELERATE_WORKER = Path(__file__).with_name("save_accelerate.py")
+ACCELERATE_RUNS = ("accelerate-zero2", "accelerate-zero3")
 ZERO_RUNS = (
     "zero1-bf16-fp32-gradients",
     "zero1-frozen",
@@ -44,21 +46,7 @@ class SavedRun(NamedTuple):
 def zero_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run folder per entry of `ZERO_RUNS`."""
     root = tmp_path_factory.mktemp("zero")
-    # Two versions of DeepSpeed or torch in one folder of compiled ops break each other.
-    extensions = Path.home() / ".cache" / "torch_extensions"
-    extensions /= f"deepspeed-{version('deepspeed')}-torch-{version('torch')}"
-    environment = os.environ | {
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(extensions)),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja lies beside python
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, str(WORKER), str(root)], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    run_on_two_ranks(WORKER, str(root))
     assert sorted(path.name for path in root.iterdir()) == sorted(ZERO_RUNS)
     for run in root.iterdir():
         step_folder = run / "checkpoints" / STEP_NAME
@@ -66,6 +54,34 @@ def zero_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (run / STEP_NAME).rename(step_folder)
         write_trainer_files(step_folder)
     return root
+
+
+@pytest.fixture(scope="session")
+def accelerate_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What another trainer saved with plain accelerate and DeepSpeed; see `save_accelerate.py`."""
+    root = tmp_path_factory.mktemp("accelerate")
+    for name in ACCELERATE_RUNS:  # one process makes one Accelerator
+        run_on_two_ranks(ACCELERATE_WORKER, str(root), name)
+    return root
+
+
+def run_on_two_ranks(worker: Path, *arguments: str) -> None:
+    # Two versions of DeepSpeed or torch in one folder of compiled ops break each other.
+    extensions = Path.home() / ".cache" / "torch_extensions"
+    extensions /= f"deepspeed-{version('deepspeed')}-torch-{version('torch')}"
+    environment = os.environ | {
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(extensions)),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja lies beside python
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, str(worker), *arguments], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
 @pytest.fixture(params=ZERO_RUNS)

@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 import trainer
 from trainer.convert.conversion import convert
 from trainer.convert.errors import ConversionError
+from trainer.convert.stream import BlockReader
 from trainer.convert.weights import same_bits
 from trainer.convert.writer import write_shards
+from trainer.convert.zero import read_zero
 
 CopyRun = Callable[[str], Any]
 FREE_OF_DEEPSPEED = """
@@ -230,6 +232,42 @@ def test_bytes_changed_on_the_way_to_disk_are_found(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["zero2", "zero3-bf16-subgroups-frozen-tied"])
+def test_a_flipped_bit_in_a_partition_is_found(
+    zero_run: CopyRun, seal: Callable[..., None], tmp_path: Path, name: str
+) -> None:
+    run = zero_run(name)
+    path = (
+        run.step_folder / "deepspeed" / f"{'bf16_' if 'bf16' in name else ''}zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    )
+    weights = read_zero(path.parent, world_size=2)
+    with BlockReader() as reader:
+        used = [block.extent for weight in weights for block in reader.blocks(weight)]
+    extent = next(extent for extent in used if extent is not None and extent.path == path)
+    del weights
+    content = bytearray(path.read_bytes())
+    content[extent.start] ^= 1  # the lowest bit of a float: it stays finite
+    path.write_bytes(content)
+    # The manifest of the undamaged file does not fit the tensors, which alone are read: their archive tells.
+    with pytest.raises(ConversionError, match=rf"{path.name}: the bytes of .*/data/\d+ do not have the CRC-32"):
+        convert(run.folder, tmp_path / "out")
+    assert list(tmp_path.glob("*out*")) == []
+    seal(run.step_folder)  # nor does a manifest made after the damage hide it
+    with pytest.raises(ConversionError, match=rf"{path.name}: the bytes of .*/data/\d+ do not have the CRC-32"):
+        convert(run.folder, tmp_path / "out")
+
+
+def test_a_shard_of_another_save_is_found_by_the_manifest(zero_run: CopyRun, tmp_path: Path) -> None:
+    """Same sizes, same names, sound archives: only a checksum of the whole file tells it apart."""
+    run = zero_run("zero2")
+    path = run.step_folder / "deepspeed" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    state = torch.load(path, weights_only=False)
+    state["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].data[0] += 1
+    torch.save(state, path)
+    with pytest.raises(ConversionError, match=rf"{path.name}: (CRC-32 is|has \d+ bytes)"):
+        convert(run.folder, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"dtype": "int8"}, r"dtype \(int8\) must be one of"), ({"max_shard_size": "big"}, r"max_shard_size \(big\)")],
@@ -241,5 +279,5 @@ def test_wrong_arguments(plain_run: Any, tmp_path: Path, arguments: dict[str, st
 
 def test_unknown_engine(plain_run: Any, seal: Callable[..., None], tmp_path: Path) -> None:
     seal(plain_run.step_folder, engine="fsdp")
-    with pytest.raises(ConversionError, match=r"engine \(fsdp\) must be deepspeed or plain"):
+    with pytest.raises(ConversionError, match=r"engine \(fsdp\) must be one of deepspeed, plain"):
         convert(plain_run.folder, tmp_path / "out")

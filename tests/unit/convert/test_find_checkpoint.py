@@ -27,7 +27,9 @@ def test_newest_complete_checkpoint_is_taken(run: Path) -> None:
     assert find_checkpoint(run) == newest
     assert find_checkpoint(run / "checkpoints") == newest
     assert find_checkpoint(newest.with_name("step-00000900")) == newest.with_name("step-00000900")
-    assert open_checkpoint(newest, checksums=True) == Checkpoint(newest, 1000, 2, "deepspeed")
+    assert open_checkpoint(newest, checksums=True) == Checkpoint(
+        newest, 1000, 2, "deepspeed", newest / "deepspeed", newest
+    )
 
 
 def test_unfinished_saves_are_refused(run: Path) -> None:
