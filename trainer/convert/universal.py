@@ -30,6 +30,7 @@ from trainer.convert.safe_load import safe_load
 from trainer.convert.training_state import TrainingState, read_training_state
 from trainer.convert.weights import same_bits
 from trainer.convert.writer import check_destination, published_folder
+from trainer.layout import TRAINER_STATE_FILE
 
 DEEPSPEED_VERSION = "0.19.8"  # whose layout this is; DeepSpeed asks for one
 UNIVERSAL_VERSION = 0.4
@@ -56,6 +57,11 @@ def convert_to_universal(
     folder = find_checkpoint(source)
     check_destination(out, folder, overwrite=overwrite)
     checkpoint = open_checkpoint(folder, checksums=verify)
+    if not (folder / TRAINER_STATE_FILE).is_file():
+        raise ConversionError(
+            f"{folder} was not saved by this program, and --to universal takes nothing else; DeepSpeed's own tool is "
+            "`python -m deepspeed.checkpoint.ds_to_universal`."
+        )
     state = read_training_state(folder, engine=checkpoint.engine, world_size=checkpoint.world_size)
     with published_folder(out) as staging:
         for name in ("config.json", "preprocessor_config.json"):
