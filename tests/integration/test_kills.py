@@ -42,7 +42,7 @@ STAGES: dict[str, dict[str, Any]] = {
 class Kill(NamedTuple):
     """A moment in the life of a started run, and who dies.
 
-    `updates` more are made, then `share` of what a start, an update or a fifth of one (while saving) takes.
+    `updates` more are made, then `share` of what a start, an update or a tenth of one (while saving) takes.
     """
 
     phase: str
@@ -117,7 +117,7 @@ def _strike(planned: Kill, pace: Pace, ranks: list[ForkServerProcess], run: Path
     elif planned.phase == "training":
         _wait_until(lambda: len(metrics(run)) >= done + planned.updates, ranks, log)
         done += planned.updates
-    scale = {"starting": pace.start_seconds, "training": pace.update_seconds, "saving": pace.update_seconds / 5}
+    scale = {"starting": pace.start_seconds, "training": pace.update_seconds, "saving": pace.update_seconds / 10}
     moment = time.monotonic() + planned.share * scale[planned.phase]
     while time.monotonic() < moment and len(metrics(run)) <= done:  # not far beyond, where the pace has changed
         time.sleep(0.001)
