@@ -42,7 +42,7 @@ STAGES: dict[str, dict[str, Any]] = {
 class Kill(NamedTuple):
     """A moment in the life of a started run, and who dies.
 
-    `updates` more are made, then `share` of what a start, an update or a fifth of one (while saving) takes.
+    `updates` more are made, then `share` of what a start, an update or a tenth of one (while saving) takes.
     """
 
     phase: str
@@ -113,10 +113,14 @@ def _strike(planned: Kill, pace: Pace, ranks: list[ForkServerProcess], run: Path
     done = len(metrics(run))
     if planned.phase == "saving":
         _wait_until(lambda: any((run / "checkpoints").glob(".unfinished-*")), ranks, log)
+        done = len(metrics(run))
     elif planned.phase == "training":
         _wait_until(lambda: len(metrics(run)) >= done + planned.updates, ranks, log)
-    scale = {"starting": pace.start_seconds, "training": pace.update_seconds, "saving": pace.update_seconds / 5}
-    time.sleep(planned.share * scale[planned.phase])
+        done += planned.updates
+    scale = {"starting": pace.start_seconds, "training": pace.update_seconds, "saving": pace.update_seconds / 10}
+    moment = time.monotonic() + planned.share * scale[planned.phase]
+    while time.monotonic() < moment and len(metrics(run)) <= done:  # not far beyond, where the pace has changed
+        time.sleep(0.001)
     assert all(process.exitcode is None for process in ranks), "over before it could be killed"
     struck = time.monotonic()
     kill(ranks if planned.victims == "all" else [ranks[int(planned.victims[-1])]])
