@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,11 +37,11 @@ FLAGS = [
 ]  # fmt: skip
 
 LAUNCHERS: dict[str, list[str]] = {
-    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus=2", "--master_port=29611", "--module", "trainer"],
-    "torchrun": [str(BIN / "torchrun"), "--nproc_per_node=2", "--master_port=29612", "-m", "trainer"],
+    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus=2", "--master_port={port}", "--module", "trainer"],
+    "torchrun": [str(BIN / "torchrun"), "--nproc_per_node=2", "--master_port={port}", "-m", "trainer"],
     "accelerate": [
         str(BIN / "accelerate"), "launch", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
-        "--dynamo_backend=no", "--use_deepspeed", "--main_process_port=29613", "-m", "trainer",
+        "--dynamo_backend=no", "--use_deepspeed", "--main_process_port={port}", "-m", "trainer",
     ],
     "python": [sys.executable, "-m", "trainer"],
     "bash": ["bash", "launch/pretrain_base.sh"],
@@ -52,10 +53,17 @@ def _environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **extra}
 
 
+def _free_port() -> int:
+    """A port of this moment: a fixed one may be another run's."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _start(launcher: str, arguments: Sequence[str], log: Path, **extra: str) -> subprocess.Popen[bytes]:
     with log.open("wb") as output:
         return subprocess.Popen(
-            [*LAUNCHERS[launcher], *arguments],
+            [*(word.format(port=_free_port()) for word in LAUNCHERS[launcher]), *arguments],
             cwd=REPOSITORY,
             env=_environment(**extra),
             stdin=subprocess.DEVNULL,
