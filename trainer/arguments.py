@@ -103,7 +103,8 @@ class PretrainArguments:
     config_name: str | None = flag(None, "Model configuration to use instead of --model_name_or_path's.", group="model")
     init_from: str | None = flag(
         None, "Model folder or Hub id whose weights are the start; the optimizer starts fresh. Its configuration is "
-        "used unless --model_name_or_path or --config_name is given. Not read when a checkpoint is resumed.",
+        "used unless model_name_or_path or config_name is set, as the shipped recipes do: give the same folder there. "
+        "Not read when a checkpoint is resumed.",
         group="model",
     )  # fmt: skip
     allow_missing_head: bool = flag(

@@ -10,12 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from packaging.requirements import Requirement
-
 from trainer.arguments import RaisingParser
 
 _PACKAGE = "speech-pretrainer"
 _CHECK_LIMIT_SECONDS = 300
+_SET_UP = "bash launch/setup.sh"
+_INCOMPLETE = f"{_SET_UP}, then . launch/env.sh"
 NUM_RANKS = 2
 
 
@@ -37,7 +37,7 @@ def main(words: Sequence[str]) -> int:
     )  # fmt: skip
     parser.parse_args(list(words))
     findings = []
-    for finding in (*versions(), gpus(), *gradients()):
+    for finding in _all_findings():
         print(f"{'WRONG' if finding.remedy else 'ok':5}  {finding.subject:14} {finding.found}", flush=True)
         if finding.remedy:
             print(f"       {'':14} -> {finding.remedy}", flush=True)
@@ -45,13 +45,28 @@ def main(words: Sequence[str]) -> int:
     return 2 if any(finding.remedy for finding in findings) else 0
 
 
+def _all_findings() -> Iterator[Finding]:
+    """The rest needs what `versions` looks for."""
+    found = list(versions())
+    yield from found
+    if not any(finding.remedy == _INCOMPLETE for finding in found):
+        yield gpus()
+        yield from gradients()
+
+
 def versions() -> Iterator[Finding]:
     """Python and each package this one depends on, against the range it asks for."""
     yield Finding("python", sys.version.split()[0])
     try:
+        import torch  # noqa: F401
+        from packaging.requirements import Requirement
+    except ModuleNotFoundError as missing:
+        yield Finding(str(missing.name), "not installed for this Python", _INCOMPLETE)
+        return
+    try:
         asked_for = metadata.requires(_PACKAGE) or []
     except metadata.PackageNotFoundError:
-        yield Finding(_PACKAGE, "not installed, so nothing says which versions it needs", "bash launch/setup.sh")
+        yield Finding(_PACKAGE, "not installed, so nothing says which versions it needs", _SET_UP)
         return
     for text in asked_for:
         requirement = Requirement(text)
@@ -60,11 +75,11 @@ def versions() -> Iterator[Finding]:
         try:
             found = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            yield Finding(requirement.name, "not installed", "bash launch/setup.sh")
+            yield Finding(requirement.name, "not installed", _SET_UP)
             continue
         fits = requirement.specifier.contains(found, prereleases=True)
         asked = f" (asked for: {requirement.specifier})" if requirement.specifier else ""
-        yield Finding(requirement.name, found + asked, "" if fits else "bash launch/setup.sh")
+        yield Finding(requirement.name, found + asked, "" if fits else _SET_UP)
 
 
 def gpus() -> Finding:

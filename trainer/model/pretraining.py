@@ -80,8 +80,9 @@ class PretrainingModel(PreTrainedModel):
         return self.base_model
 
     def freeze_feature_encoder(self) -> None:
-        """Leave the convolutional front end as it is: no gradients, so no optimizer either."""
+        """Leave the convolutional front end as it is: no gradients, so no optimizer, and no penalty in the loss."""
         self.backbone.freeze_feature_encoder()
+        self.feature_penalty_weight = 0.0
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in backward; a conformer's running statistics count each micro-batch once all the same.
