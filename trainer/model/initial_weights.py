@@ -22,7 +22,6 @@ _MASK_VECTOR = "masked_spec_embed"
 _ADAPTERS = (".adapter.", ".adapter_layer.")
 # Settings that change what the weights compute and not their shapes.
 _MEANING = (
-    *("hidden_size", "num_hidden_layers", "intermediate_size", "conv_dim"),  # also of shapes: the first to be told
     *("do_stable_layer_norm", "feat_extract_norm", "feat_extract_activation", "hidden_act", "layer_norm_eps"),
     *("num_attention_heads", "conv_stride", "num_conv_pos_embedding_groups", "position_embeddings_type"),
     "rotary_embedding_base",
@@ -91,7 +90,6 @@ def load_initial_weights(
     _check_places(source, [name for name in unexpected if _is_of(name, backbone) and not _is_adapter(name)])
     _check_missing(source, sorted(found["missing_keys"]), allow_missing_head, say)
     _check_finite(source, model.state_dict())
-    say(f"starting from the weights of {source}")
     if unexpected:
         say(f"left out of {source}, no part of pre-training: {_listed(unexpected)}")
     return model

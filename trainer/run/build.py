@@ -227,6 +227,7 @@ def _build_model(arguments: PretrainArguments, config: ModelConfig, *, resumed: 
     }
     if arguments.init_from is None or resumed:
         return build_model(config, seed=arguments.seed, **options)
+    _say(f"starting from the weights of {arguments.init_from}")
     return load_initial_weights(
         arguments.init_from,
         config,

@@ -130,3 +130,12 @@ def test_a_frozen_front_end_gets_no_gradient_and_no_optimizer(batch: Batch, chec
     _terms(model, batch).loss.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (id(parameter) in front_end), name
+
+
+def test_frozen_features_are_not_penalised(batch: Batch) -> None:
+    model = build_model(Wav2Vec2Config(**SIZES["demo"]), seed=0, feature_penalty_weight=10.0)
+    model.freeze_feature_encoder()
+    terms = _terms(model, batch)
+    expected = terms.contrastive_loss + model.config.diversity_loss_weight * terms.diversity_loss
+    torch.testing.assert_close(terms.loss.detach(), expected)
+    assert terms.feature_penalty > 0  # still told
