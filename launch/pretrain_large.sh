@@ -12,6 +12,7 @@ from pathlib import Path
 # A worker process that is spawned imports this file again and must not train.
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from trainer.ending import leave
     from trainer.launch import pretrain
 
-    sys.exit(pretrain("large", sys.argv[1:]))
+    leave(pretrain("large", sys.argv[1:]))

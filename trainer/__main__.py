@@ -1,7 +1,5 @@
 """`python -m trainer`."""
 
-import sys
+from trainer.cli import program
 
-from trainer.cli import main
-
-sys.exit(main())
+program()

@@ -4,7 +4,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
+from trainer.ending import end_at_once, leave
 from trainer.errors import CannotWrite, RunWentBad, UserError
 
 EXIT_DONE = 0
@@ -58,11 +60,13 @@ def main(command_line: Sequence[str] | None = None) -> int:
         if any(words in str(error) for words in _LOST_A_RANK):
             _complain("another rank has ended; its own last lines, or the launcher's, say why.", code)
     if _ranks_have_met():
-        # leaving the process group the ordinary way can wait for ranks that wait for this one
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end_at_once(code)
     return code
+
+
+def program() -> NoReturn:
+    """`main` as a program of its own."""
+    leave(main())
 
 
 def _ranks_have_met() -> bool:
@@ -112,4 +116,4 @@ def _doctor(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tests.integration.train_in_part import _batch, fresh_model
+from trainer.ending import leave
 
 NUM_UPDATES = 2
 CPU = {"device": "cpu"}
@@ -162,3 +163,4 @@ if __name__ == "__main__":
             load(saved_name, target_name, Path(sys.argv[1]))
         else:
             save(saved_name, Path(sys.argv[1]))
+    leave(0)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from trainer.ending import leave
+
 ENGINES: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "zero1": {"stage": 1},
@@ -125,3 +127,4 @@ if __name__ == "__main__":
     for each in CASES:
         if (each.engine == "plain") == (sys.argv[2] == "plain"):
             run_case(each, Path(sys.argv[1]))
+    leave(0)

@@ -30,6 +30,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from trainer.ending import leave
+
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))  # this checkout before any installed copy
 ACCUMULATIONS = (1, 2, 4)
@@ -345,7 +347,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rank_folder:
         rank_main(Path(options.rank_folder), options.engines, options.precisions)
-        return
+        leave(0)
     with tempfile.TemporaryDirectory() as folder:
         print(table(compare(run_all(Path(folder), PRECISIONS[:1] if options.fp32_only else PRECISIONS))))
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trainer.ending import leave
 from trainer.errors import UserError
 from trainer.run.ds_config import resolve_ds_config
 from trainer.run.engine import Engine, build_engine, is_main_process, launched_ranks, probe_engine
@@ -113,4 +114,5 @@ if __name__ == "__main__":
     except UserError as error:
         if is_main_process():
             print(error, file=sys.stderr)
-        sys.exit(2)
+        leave(2)
+    leave(0)
