@@ -8,6 +8,7 @@ quick.
 import argparse
 import dataclasses
 import difflib
+import itertools
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -224,7 +225,8 @@ def build_parser() -> argparse.ArgumentParser:
         group = groups[field.metadata["group"]]
         kind = value_type(name)
         default = "" if field.default is None else f" (default: {field.default})"
-        help_text = (field.metadata["help"] + default).replace("%", "%%")
+        shipped = f" Shipped: {', '.join(shipped_recipes())}." if name == "config" else ""
+        help_text = (field.metadata["help"] + shipped + default).replace("%", "%%")
         if kind is bool:
             group.add_argument(f"--{name}", help=help_text, nargs="?", const=True, type=_parse_bool, metavar="BOOL")
         else:
@@ -258,7 +260,10 @@ def parse_arguments(command_line: Sequence[str]) -> PretrainArguments:
     if from_flags.pop("help", False):
         raise HelpRequested(parser.format_help())
     from_flags.pop("local_rank", None)
-    problems = [_unknown_flag(argument) for argument in unknown]
+    # a word after an unknown flag is its value
+    problems = [
+        _unknown_flag(word) for before, word in itertools.pairwise(["", *unknown]) if not _is_value(before, word)
+    ]
     from_recipe: dict[str, Any] = {}
     if "config" in from_flags:
         from_recipe, recipe_problems = read_recipe(from_flags["config"])
@@ -268,6 +273,10 @@ def parse_arguments(command_line: Sequence[str]) -> PretrainArguments:
     if problems:
         raise ArgumentsError("\n".join(problems))
     return arguments
+
+
+def _is_value(before: str, word: str) -> bool:
+    return before.startswith("--") and "=" not in before and not word.startswith("--")
 
 
 def _unknown_flag(argument: str) -> str:

@@ -338,6 +338,10 @@ def test_plain_pytorch_resumes_too(runs: Runs, tmp_path: Path) -> None:
     accumulate = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
     assert _run("torchrun", [*arguments, "--resume=latest"], tmp_path / "log", **accumulate) == 0
     assert _comparable(out) == whole
+    settings = (out / "config.yaml").read_text()
+    less = [*arguments, "--resume=latest", "--max_train_steps=30"]
+    assert _run("python", less, tmp_path / "log") == 0
+    assert "nothing left to do" in (tmp_path / "log").read_text() and (out / "config.yaml").read_text() == settings
     # the same data without DeepSpeed gives the same losses; later on rounding grows apart
     assert [line["num_targets"] for line in whole] == [line["num_targets"] for line in _metrics(runs.undisturbed)]
     for ours, theirs in zip(whole[:10], _metrics(runs.undisturbed)[:10], strict=True):

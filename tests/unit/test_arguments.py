@@ -136,6 +136,10 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         (["--max_train_steps=ten"], "max_train_steps"),
         (["--report_to=mlflow"], "report_to"),
         (["speech"], "unexpected argument 'speech'"),
+        (
+            ["--apples", "3", "--pears=4", "speech"],
+            r"flag --apples; see .*\n.*flag --pears; .*\nunexpected argument 'speech'",
+        ),
         (["--max_batch_seconds=2"], "max_batch_seconds"),
         (["--max_gumbel_temperature=0.1"], "max_gumbel_temperature"),
         (["--max_train_steps=10", "--num_warmup_steps=11"], "num_warmup_steps"),

@@ -3,11 +3,12 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import logging
 
@@ -20,8 +21,9 @@ _HEAD = ("quantizer.", "project_hid.", "project_q.")
 _MASK_VECTOR = "masked_spec_embed"
 # Layers that fine-tuning adds in the middle of the model and pre-training leaves out.
 _ADAPTERS = (".adapter.", ".adapter_layer.")
-# Settings that change what the weights compute and not their shapes.
+# The size, which says more than the shapes that follow from it, and settings that change what the weights compute.
 _MEANING = (
+    *("hidden_size", "num_hidden_layers", "intermediate_size"),
     *("do_stable_layer_norm", "feat_extract_norm", "feat_extract_activation", "hidden_act", "layer_norm_eps"),
     *("num_attention_heads", "conv_stride", "num_conv_pos_embedding_groups", "position_embeddings_type"),
     "rotary_embedding_base",
@@ -115,12 +117,23 @@ def _load(
                 **options,
             )
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _damaged_file(source) or str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
             f"init_from ({source}) must be a folder that save_pretrained wrote, or a Hub id that can be reached, with "
             f"readable weights: {reason}"
         ) from error
     return cast(tuple[PretrainingModel, dict[str, Any]], loaded)
+
+
+def _damaged_file(source: str) -> str | None:
+    """Which safetensors file of a folder cannot be read, and why; the libraries do not tell."""
+    for path in sorted(Path(source).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{path.name}: {error}; copy it again"
+    return None
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ def pretrain(arguments: PretrainArguments) -> int:
 
 
 def build(arguments: PretrainArguments) -> Run | None:
-    """Put a run together, resumed where asked; None when `--preprocessing_only` is done. Raises `UserError`."""
+    """Put a run together, resumed where asked; None where nothing is left to do. Raises `UserError`."""
     check_tracker(arguments.report_to)
     ds_config = _ds_config(arguments)
     place = None if arguments.preprocessing_only else _find_place(arguments, ds_config)
@@ -90,13 +90,20 @@ def build(arguments: PretrainArguments) -> Run | None:
             f"has {len(corpus.train):,} utterances to train on; give all machines the same data, or --overwrite_cache."
         )
     place = _verify(engine, place, arguments, ds_config, config)
+    max_train_steps = _max_train_steps(arguments, corpus, engine.world_size, place.state)
+    if place.checkpoint is not None and place.state.step >= max_train_steps:
+        _say(
+            f"nothing left to do: {place.checkpoint} is at update {place.state.step}, and this run ends at "
+            f"{max_train_steps} (max_train_steps, num_train_epochs)"
+        )
+        engine.close()
+        return None
     totals = _restore(engine, place, arguments)
     skipped = SkippedLog(place.folder / SKIPPED_FILE)
     if engine.is_main:
         skipped.add(corpus.skipped)
     resumed = place.checkpoint is not None
     start_tracker(engine, arguments.report_to, place.folder, dataclasses.asdict(arguments), resumed)
-    max_train_steps = _max_train_steps(arguments, corpus, engine.world_size, place.state)
     _check_room(engine, place, arguments, max_train_steps)
     _say(
         f"training {engine.num_parameters / 1e6:.1f} M parameters on {engine.world_size} rank(s) of "
@@ -225,6 +232,8 @@ def _build_model(arguments: PretrainArguments, config: ModelConfig, *, resumed: 
         "feature_grad_mult": arguments.feature_grad_mult,
         "global_diversity": arguments.global_diversity,
     }
+    if resumed and arguments.init_from is not None:
+        _say(f"init_from ({arguments.init_from}) is not read: the run goes on from its checkpoint")
     if arguments.init_from is None or resumed:
         return build_model(config, seed=arguments.seed, **options)
     _say(f"starting from the weights of {arguments.init_from}")
@@ -284,8 +293,7 @@ def _load(engine: Engine, place: _Place, checkpoint: Path) -> None:
 
 def _continue_state(state: TrainerState, split: Split, arguments: PretrainArguments) -> None:
     """Note how this run goes on, for its checkpoints; what the loop counts stays."""
-    if state.num_micro_batches == 0:
-        state.num_micro_batches = state.step * state.world_size * arguments.gradient_accumulation_steps
+    state.num_micro_batches = _num_micro_batches(state, arguments)
     state.engine, state.world_size, state.partitioning = split
     state.freeze_feature_encoder = arguments.freeze_feature_encoder
 
@@ -344,8 +352,13 @@ def _max_train_steps(arguments: PretrainArguments, corpus: Corpus, world_size: i
     if arguments.max_train_steps is not None:
         return arguments.max_train_steps
     num_batches = len(epoch_batches(batching_of(arguments, corpus.train), 0)) * arguments.num_train_epochs
-    num_left = max(num_batches - state.num_micro_batches, 0)
+    num_left = max(num_batches - _num_micro_batches(state, arguments), 0)
     return state.step - (-num_left // (arguments.gradient_accumulation_steps * world_size))
+
+
+def _num_micro_batches(state: TrainerState, arguments: PretrainArguments) -> int:
+    """Those of all ranks since the start; a checkpoint from before they were counted does not say."""
+    return state.num_micro_batches or state.step * state.world_size * arguments.gradient_accumulation_steps
 
 
 def _say(text: str) -> None:

@@ -12,6 +12,7 @@ from trainer.errors import CannotWrite, UserError
 from trainer.layout import (
     CHECKPOINTS_FOLDER,
     MANIFEST_FILE,
+    METRICS_FILE,
     REMOVED_PREFIX,
     STEP_PREFIX,
     SUPERSEDED_PREFIX,
@@ -24,7 +25,7 @@ from trainer.run.manifest import (
     checkpoint_bytes,
     describe_files,
     find_damage,
-    flush_folder,
+    flush,
     write_json,
     write_manifest,
 )
@@ -77,6 +78,8 @@ def save_checkpoint(
         on_all_ranks(engine, what, lambda: engine.save(unfinished), remedy)
 
         def write_the_rest() -> None:
+            if (metrics := run_folder / METRICS_FILE).exists():
+                flush(metrics)  # a run that goes on from here does not write these lines again
             write_model_files(unfinished)
             write_json(unfinished / TRAINER_STATE_FILE, dataclasses.asdict(state))
 
@@ -87,7 +90,7 @@ def save_checkpoint(
             write_manifest(unfinished, {name: facts for share in shares for name, facts in share.items()})
             _remove(final)  # left by a run that was resumed from before this step
             os.rename(unfinished, final)
-            flush_folder(parent)
+            flush(parent)
 
         on_main_rank(engine, what, publish, remedy)
     except CannotWrite:
@@ -137,9 +140,13 @@ def _remove(folder: Path) -> None:
 
 
 def prune(run_folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for folder in list_checkpoints(run_folder)[:-keep]:
+    """Remove all but the newest `keep` checkpoints, and superseded ones of updates that have been made again."""
+    complete = list_checkpoints(run_folder)
+    for folder in complete[:-keep]:
         _remove(folder)
+    for folder in (run_folder / CHECKPOINTS_FOLDER).glob(f"{SUPERSEDED_PREFIX}{STEP_PREFIX}*"):
+        if complete and folder.name.removeprefix(SUPERSEDED_PREFIX) <= complete[-1].name:
+            _remove(folder)
 
 
 def set_aside(run_folder: Path, resumed_step: int) -> None:
@@ -201,9 +208,13 @@ def _unfinished_after(found: Path) -> list[str]:
 
 def _named_checkpoint(run_folder: Path, folder: Path, known_damage: Mapping[Path, str]) -> Path:
     if not (folder / MANIFEST_FILE).is_file():
+        missing = f"it holds no {MANIFEST_FILE}" if folder.is_dir() else "there is no such folder"
+        complete = list_checkpoints(run_folder)
+        there = "there are " + ", ".join(each.name for each in complete[-3:]) if complete else "there is none yet"
         raise UserError(
             f"resume ({folder}) must be 'latest' or a complete checkpoint folder such as "
-            f"{run_folder / CHECKPOINTS_FOLDER / step_folder_name(1000)}; it holds no {MANIFEST_FILE}."
+            f"{run_folder / CHECKPOINTS_FOLDER / step_folder_name(1000)}; {missing}. In {run_folder} {there} "
+            "(--save_total_limit removes the oldest)."
         )
     problem = known_damage.get(folder) or _damage(folder)
     if problem is not None:

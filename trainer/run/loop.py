@@ -55,12 +55,6 @@ class Run:
 
     def train(self) -> int:
         """Train until the last update or a request to stop; returns the exit code."""
-        if self.state.step >= self.max_train_steps:
-            self._say(
-                f"nothing left to do: the checkpoint is at update {self.state.step}, --max_train_steps says "
-                f"{self.max_train_steps}"
-            )
-            return EXIT_DONE
         if self.state.validation_due:
             self.validate()
         guard = Guard()

@@ -54,20 +54,18 @@ def write_manifest(folder: Path, files: Mapping[str, Mapping[str, int]]) -> None
     """List `files` in the manifest of `folder`, and flush it and every folder below to disk."""
     write_json(folder / MANIFEST_FILE, {"version": MANIFEST_VERSION, "files": dict(sorted(files.items()))})
     for inner in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        flush_folder(inner)
+        flush(inner)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file and flush it to disk."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    flush(path)
 
 
-def flush_folder(folder: Path) -> None:
-    """Flush the names in `folder` to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -28,6 +28,7 @@ _SHAPES = (
     *("num_conv_pos_embeddings", "num_conv_pos_embedding_groups"),
     *("num_codevector_groups", "num_codevectors_per_group", "codevector_dim", "proj_codevector_dim"),
 )
+_START = {"init_from", "allow_missing_head"}
 _TRACES = (CONFIG_FILE, METRICS_FILE, CHECKPOINTS_FOLDER)
 
 
@@ -88,7 +89,10 @@ def sees_settings(folder: Path) -> bool:
 
 
 def changed_settings(folder: Path, arguments: PretrainArguments) -> list[str]:
-    """`name: before -> now` for each setting that differs from the ones the run was last started with."""
+    """`name: before -> now` for each setting that differs from the ones the run was last started with.
+
+    Where a run started from is not among them: one that goes on does not read it.
+    """
     try:
         before = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
@@ -96,7 +100,7 @@ def changed_settings(folder: Path, arguments: PretrainArguments) -> list[str]:
     if not isinstance(before, dict):
         return []
     now = yaml.safe_load(dump_recipe(arguments))
-    names = sorted(set(before) | set(now))
+    names = sorted((set(before) | set(now)) - _START)
     return [f"{name}: {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]
 
 

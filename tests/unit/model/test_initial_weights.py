@@ -214,20 +214,20 @@ def test_other_missing_weights_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_other_shapes_are_refused_by_name_with_both(tmp_path: Path) -> None:
     _save(tmp_path, Wav2Vec2ForPreTraining, FAMILIES["wav2vec2"][0])
-    wider = Wav2Vec2Config(**{**_TINY, "intermediate_size": 32})
-    with pytest.raises(UserError, match=r"intermediate_dense\.weight \(\[24, 16\] there, \[32, 16\] here\)") as caught:
-        _start(tmp_path, config=wider, allow=True)
+    other = Wav2Vec2Config(**{**_TINY, "codevector_dim": 32})
+    with pytest.raises(UserError, match=r"project_q\.weight \(\[\d+, \d+\] there, \[\d+, 32\] here\)") as caught:
+        _start(tmp_path, config=other, allow=True)
     assert f"--model_name_or_path {tmp_path}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"num_hidden_layers": 1}, r"no place for: wav2vec2\.encoder\.layers\.1"),
+        ({"hidden_size": 32}, r"this run: hidden_size \(16 there, 32 here\);"),
+        ({"num_hidden_layers": 1}, r"num_hidden_layers \(2 there, 1 here\)"),
         ({"do_stable_layer_norm": True}, r"do_stable_layer_norm \(False there, True here\)"),
         ({"num_attention_heads": 4}, r"num_attention_heads \(2 there, 4 here\)"),
         ({"conv_stride": (4, 2)}, r"conv_stride"),
-        ({"num_hidden_layers": 3}, r"lacks weights"),
     ],
 )
 def test_weights_that_would_mean_something_else_are_refused(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
@@ -278,7 +278,7 @@ def test_what_has_no_readable_weights_is_the_users_mistake(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"model\.safetensors"):
         _start(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors at all")
-    with pytest.raises(UserError, match="readable weights"):
+    with pytest.raises(UserError, match=r"readable weights: model\.safetensors: .*; copy it again"):
         _start(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="readable weights"):

@@ -336,3 +336,21 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: P
     assert _names(tmp_path) == ["step-00000001", "superseded-step-00000002", "superseded-step-00000003"]
     assert _latest(tmp_path).name == "step-00000001"
     assert len(list_checkpoints(tmp_path)) == 1
+
+
+def test_what_was_set_aside_goes_once_its_update_was_made_again(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        _save(tmp_path, step)
+    set_aside(tmp_path, 1)
+    _save(tmp_path, 2)
+    prune(tmp_path, 5)
+    assert _names(tmp_path) == ["step-00000001", "step-00000002", "superseded-step-00000003"]
+    _save(tmp_path, 4)
+    prune(tmp_path, 1)
+    assert _names(tmp_path) == ["step-00000004"]
+
+
+def test_a_checkpoint_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
+    _save(tmp_path, 2)
+    with pytest.raises(UserError, match=r"there is no such folder.*there are step-00000002 .*save_total_limit"):
+        find_checkpoint(tmp_path, str(tmp_path / CHECKPOINTS_FOLDER / "step-00000001"))
