@@ -103,6 +103,9 @@ def save(name: str, root: Path) -> None:
     engine.barrier()
     engine.save(folder)
     engine.barrier()
+    saved = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in (".pt", ".safetensors"))
+    # names, padding and zip records are much beside such small weights; `large` has the rule of a few per mille
+    assert engine.checkpoint_bytes <= saved <= 1.2 * engine.checkpoint_bytes + 200_000 * engine.world_size, name
 
 
 def load(name: str, target: str, root: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import pytest
 import soundfile
+import torch
 
 REPOSITORY = Path(__file__).parents[2]
 CORPUS = REPOSITORY / "tests" / "corpus"
@@ -262,7 +263,6 @@ def test_resolved_recipe_can_be_passed_back(runs: Runs) -> None:
 
 
 def test_converted_folder_loads_with_stock_transformers(runs: Runs, tmp_path: Path) -> None:
-    import torch
     from transformers import AutoFeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2ForPreTraining, Wav2Vec2Model
 
     out = tmp_path / "pretrained"
@@ -287,6 +287,26 @@ def test_converted_folder_loads_with_stock_transformers(runs: Runs, tmp_path: Pa
     )["module"]
     for name, value in pretraining.state_dict().items():
         assert torch.equal(value, weights[name].float()), name
+
+
+def test_what_was_converted_and_started_from_is_converted_to_the_same(runs: Runs, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    arguments = [
+        "pretrain", "--config=demo", f"--init_from={first}", f"--model_name_or_path={first}", "--learning_rate=1e-30",
+        "--max_train_steps=1", "--num_warmup_steps=0", "--max_batch_seconds=4", "--num_workers=0",
+        f"--dataset_name={runs.data}", "--validation_split_percentage=0", f"--cache_dir={tmp_path / 'cache'}",
+        f"--output_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    for command in (
+        ["convert", str(runs.undisturbed), str(first)],
+        arguments,  # one update at a learning rate far below the rounding of every weight
+        ["convert", str(tmp_path / "run"), str(second)],
+    ):
+        assert _run("python", command, tmp_path / "log") == 0, (tmp_path / "log").read_text(errors="replace")[-4000:]
+    before, after = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_one_process_in_bf16_with_wandb_offline(runs: Runs, tmp_path: Path) -> None:
