@@ -344,6 +344,23 @@ def test_one_rank_that_accumulates_equals_two(runs: Runs, tmp_path: Path) -> Non
             assert ours[name] == theirs[name], name
 
 
+def test_a_run_that_collapses_ends_itself(tmp_path: Path) -> None:
+    arguments = [
+        "pretrain", "--config=demo", "--learning_rate=0.3", "--lr_scheduler_type=constant", "--num_warmup_steps=0",
+        "--max_train_steps=100", "--logging_steps=2", "--collapse_patience=8", "--saving_steps=2",
+        "--save_total_limit=1", "--max_batch_seconds=4", f"--dataset_name={CORPUS / 'validation'}",
+        "--validation_split_percentage=0", f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    assert _run("python", arguments, tmp_path / "log") == 3
+    assert "the codebooks have collapsed" in (tmp_path / "log").read_text()
+    lines = _metrics(tmp_path / "run")
+    sound = max((line["step"] for line in lines if line["code_perplexity"] >= 3), default=0)
+    assert lines[-1]["step"] == sound + 8
+    # the newest, and the last from before the collapse
+    kept = [int(folder.name.removeprefix("step-")) for folder in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+    assert kept == ([sound] if sound else []) + [sound + 6]
+
+
 def test_plain_pytorch_resumes_too(runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = [

@@ -296,6 +296,8 @@ def _continue_state(state: TrainerState, split: Split, arguments: PretrainArgume
     state.num_micro_batches = _num_micro_batches(state, arguments)
     state.engine, state.world_size, state.partitioning = split
     state.freeze_feature_encoder = arguments.freeze_feature_encoder
+    if state.sound_step is None:
+        state.sound_step = state.step
 
 
 def _check_same_checkpoint(engine: Engine, place: _Place) -> None:

@@ -47,6 +47,7 @@ class TrainerState:
     skipped_steps: int = 0
     interval_seconds: float = 0.0
     validation_due: bool = False
+    sound_step: int | None = None  # last log that showed more than collapsed codebooks; None: of an older program
     totals: list[float] = dataclasses.field(default_factory=list)
     partitioning: dict[str, Any] | None = None  # None in a checkpoint from before it was noted
     num_micro_batches: int = 0  # of all ranks since the start; 0 in such a checkpoint too
@@ -98,7 +99,7 @@ def save_checkpoint(
             shutil.rmtree(unfinished, ignore_errors=True)
         raise
     if engine.is_main and save_total_limit is not None:
-        prune(run_folder, save_total_limit)
+        prune(run_folder, save_total_limit, state.sound_step)
     engine.barrier()
     return final
 
@@ -139,11 +140,16 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(removed, ignore_errors=True)  # somebody may be reading it; the next start tries again
 
 
-def prune(run_folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and superseded ones of updates that have been made again."""
+def prune(run_folder: Path, keep: int, sound_step: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints, and superseded ones of updates that have been made again.
+
+    The newest one up to `sound_step` stays, for a run that has collapsed since then can only go on from there.
+    """
     complete = list_checkpoints(run_folder)
+    sound = [folder for folder in complete if sound_step is not None and folder.name <= step_folder_name(sound_step)]
     for folder in complete[:-keep]:
-        _remove(folder)
+        if folder not in sound[-1:]:
+            _remove(folder)
     for folder in (run_folder / CHECKPOINTS_FOLDER).glob(f"{SUPERSEDED_PREFIX}{STEP_PREFIX}*"):
         if complete and folder.name.removeprefix(SUPERSEDED_PREFIX) <= complete[-1].name:
             _remove(folder)

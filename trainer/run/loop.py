@@ -21,7 +21,7 @@ from trainer.run.checkpoint import TrainerState, save_checkpoint
 from trainer.run.corpus import Corpus, SkippedLog, training_stream, validation_stream
 from trainer.run.engine import Engine, StepResult
 from trainer.run.evaluation import evaluate
-from trainer.run.guard import Guard
+from trainer.run.guard import Guard, check_collapse, has_collapsed
 from trainer.run.metrics import Totals, append_line, means
 from trainer.run.progress import Progress
 from trainer.run.signals import StopRequest
@@ -135,6 +135,13 @@ class Run:
         self._write(line)
         self.totals.reset()
         self.interval_start = time.monotonic()
+        self._check_codebooks(line["code_perplexity"])
+
+    def _check_codebooks(self, code_perplexity: float) -> None:
+        state = self.state
+        if state.sound_step is None or not has_collapsed(code_perplexity, self.config.num_codevector_groups):
+            state.sound_step = state.step
+        check_collapse(state.step, state.sound_step, self.arguments.collapse_patience, code_perplexity)
 
     def validate(self) -> None:
         """Write the means over the validation data; the time it takes does not count as training time."""

@@ -350,6 +350,15 @@ def test_what_was_set_aside_goes_once_its_update_was_made_again(tmp_path: Path) 
     assert _names(tmp_path) == ["step-00000004"]
 
 
+def test_the_last_checkpoint_from_before_a_collapse_is_kept(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        _save(tmp_path, step)
+    prune(tmp_path, 1, sound_step=5)
+    assert _names(tmp_path) == ["step-00000004", "step-00000008"]
+    prune(tmp_path, 1, sound_step=8)  # it has recovered
+    assert _names(tmp_path) == ["step-00000008"]
+
+
 def test_a_checkpoint_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
     _save(tmp_path, 2)
     with pytest.raises(UserError, match=r"there is no such folder.*there are step-00000002 .*save_total_limit"):
