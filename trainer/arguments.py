@@ -165,8 +165,8 @@ class PretrainArguments:
         1.0, "Gradients are clipped to this norm; 0 turns clipping off.", group="optimization", rule=AT_LEAST_ZERO
     )
     collapse_patience: int = flag(
-        2000, "End the run (exit code 3) when hardly more than one codeword per codebook was in use for so many updates; 0 "
-        "never does.", group="optimization", rule=AT_LEAST_ZERO,
+        2000, "End the run (exit code 3) when hardly more than one codeword per codebook was in use for so many "
+        "updates; 0 never does.", group="optimization", rule=AT_LEAST_ZERO,
     )  # fmt: skip
     seed: int = flag(0, "Seed of weights, data order, masks and dropout.", group="optimization", rule=AT_LEAST_ZERO)
 

@@ -41,8 +41,8 @@ def check_collapse(step: int, sound_step: int, patience: int, code_perplexity: f
     if patience and step - sound_step >= patience:
         raise RunWentBad(
             f"the codebooks have collapsed: after update {sound_step} code_perplexity stayed at hardly more than one "
-            f"codeword per codebook ({code_perplexity:.2f} at update {step}), so all targets are the same and a low loss "
-            f"means nothing. Resume from a checkpoint up to update {sound_step}, or start anew, with a lower "
+            f"codeword per codebook ({code_perplexity:.2f} at update {step}), so all targets are the same and a low "
+            f"loss means nothing. Resume from a checkpoint up to update {sound_step}, or start anew, with a lower "
             "--learning_rate, a longer warm-up (--num_warmup_steps) or slower --gumbel_temperature_decay. "
             "(--collapse_patience 0 would let it go on.)"
         )
