@@ -68,7 +68,7 @@ def test_the_stock_command_line_is_understood() -> None:
     assert arguments.gradient_checkpointing and arguments.adam_epsilon == 1e-6
 
 
-@pytest.mark.parametrize("recipe", ["demo", "base", "large", "conformer_large"])
+@pytest.mark.parametrize("recipe", ["demo", "base", "large", "conformer_large", "xlsr_1b", "xlsr_2b"])
 def test_shipped_recipes_parse(recipe: str) -> None:
     assert recipe in shipped_recipes()
     arguments = parse_arguments([f"--config={recipe}", "--dataset_name=speech", "--output_dir=run"])

@@ -33,6 +33,26 @@ _PAPER: dict[str, Any] = {
     "num_codevectors_per_group": 320,
 }
 
+# Babu et al. 2021 (XLS-R, arXiv 2111.09296). Dropouts and the 1024 of quantizer and projections are those in the
+# configurations of the released fairseq checkpoints xlsr2_960m_1000k.pt and xlsr2_2B_1000k.pt (dropout_input,
+# dropout_features, final_dim). The smallest of the three, XLS-R 0.3B, has the shapes of `large`.
+_XLSR: dict[str, Any] = {
+    **_PAPER,
+    "codevector_dim": 1024,
+    "proj_codevector_dim": 1024,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    "conv_bias": True,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.1,
+    "feat_quantizer_dropout": 0.1,
+    "layerdrop": 0.0,
+}
+
 SIZES: dict[str, dict[str, Any]] = {
     # 0.7 M parameters, for two CPU cores. Not published values: narrow, and masks half as long, so that it learns
     # something within minutes.
@@ -95,6 +115,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "feat_quantizer_dropout": 0.0,
         "layerdrop": 0.0,
     },
+    "xlsr_1b": {**_XLSR, "hidden_size": 1280, "intermediate_size": 5120},  # 965.5 M
+    "xlsr_2b": {**_XLSR, "hidden_size": 1920, "intermediate_size": 7680},  # 2,162.9 M
     # 620 M. fairseq: examples/wav2vec/config/pretraining/wav2vec2_conformer_large_librivox.yaml, with the defaults of
     # fairseq/modules/conformer_layer.py (swish, kernel 31); the shapes of facebook/wav2vec2-conformer-rel-pos-large.
     "conformer_large": {

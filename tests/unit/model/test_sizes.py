@@ -1,5 +1,6 @@
 """Shipped sizes, and configurations from elsewhere: what is accepted, set back, noted and refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ def _load(name: object, notes: list[str] | None = None, field: str = "model_name
     return load_model_config(str(name), cache_dir=None, say=said.append, field=field, **masks)
 
 
-@pytest.mark.parametrize(("size", "millions"), [("base", 95.04), ("large", 317.39), ("conformer_large", 620.51)])
+@pytest.mark.parametrize(
+    ("size", "millions"),
+    [("base", 95.04), ("large", 317.39), ("conformer_large", 620.51), ("xlsr_1b", 965.51), ("xlsr_2b", 2162.93)],
+)
 def test_published_sizes(size: str, millions: float) -> None:
     config = _load(size)
     with torch.device("meta"):
@@ -36,6 +40,35 @@ def test_both_families_are_read_from_folders(tmp_path: Path) -> None:
     for config in (Wav2Vec2Config(mask_time_prob=0.65), Wav2Vec2ConformerConfig(mask_time_prob=0.65)):
         config.save_pretrained(tmp_path)
         assert type(_load(tmp_path)) is type(config)
+
+
+def test_the_configuration_of_a_published_xls_r_is_read_from_a_folder(tmp_path: Path) -> None:
+    """The keys that facebook/wav2vec2-xls-r-1b has, with one layer; its masks are for fine-tuning."""
+    published = {
+        "architectures": ["Wav2Vec2ForPreTraining"], "model_type": "wav2vec2", "hidden_size": 1280,
+        "intermediate_size": 5120, "num_hidden_layers": 1, "num_attention_heads": 16, "conv_bias": True,
+        "do_stable_layer_norm": True, "feat_extract_norm": "layer", "codevector_dim": 1024,
+        "proj_codevector_dim": 1024, "mask_time_prob": 0.075, "torch_dtype": "float32",
+        "transformers_version": "4.12.0.dev0", "gradient_checkpointing": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    notes: list[str] = []
+    config = _load(tmp_path, notes)
+    assert "mask_time_prob is 0.075" in notes[0]
+    ours = _load("xlsr_1b")
+    ours.num_hidden_layers = 1
+    with torch.device("meta"):
+        there, here = (model_class(each)(each).state_dict() for each in (config, ours))
+    assert {name: value.shape for name, value in there.items()} == {name: value.shape for name, value in here.items()}
+
+
+def test_a_hub_id_that_cannot_be_reached_says_so(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"model_name_or_path \(facebook/wav2vec2-xls-r-1b\) .*Hub id that can be reached"
+    ):
+        load_model_config(
+            "facebook/wav2vec2-xls-r-1b", cache_dir=str(tmp_path), mask_time_prob=None, mask_time_length=None, say=print
+        )
 
 
 def test_another_family_is_refused_by_name(tmp_path: Path) -> None:
