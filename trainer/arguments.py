@@ -179,8 +179,13 @@ class PretrainArguments:
         "the same, updates consist of the same utterances.", group="run",
     )  # fmt: skip
     deepspeed: str | None = flag(
-        None, "Shipped DeepSpeed configuration (zero2) or the path of a JSON file. Not set: plain PyTorch.", group="run"
-    )
+        None, "Shipped DeepSpeed configuration (zero2, zero2_offload, zero3, zero3_offload, zero3_nvme) or the path "
+        "of a JSON file. Not set: plain PyTorch.", group="run",
+    )  # fmt: skip
+    nvme_path: str | None = flag(
+        None, "Folder on a local NVMe drive of each machine, for the optimizer state of --deepspeed zero3_nvme.",
+        group="run",
+    )  # fmt: skip
     bf16: bool = flag(False, "Train in bfloat16; the optimizer keeps fp32 weights.", group="run")
     logging_steps: int = flag(500, "Updates between two lines of metrics.", group="run", rule=POSITIVE)
     saving_steps: int = flag(500, "Updates between two checkpoints; the last update is always saved.", group="run",
@@ -392,6 +397,11 @@ def _conflicts(arguments: PretrainArguments) -> list[str]:
         problems.append(
             "freeze_feature_encoder (True) would leave a random front end as it is; give --init_from to start from a "
             "trained one, or leave --freeze_feature_encoder out."
+        )
+    if arguments.nvme_path is not None and arguments.deepspeed is None:
+        problems.append(
+            f"nvme_path ({arguments.nvme_path}) is for DeepSpeed's optimizer state; add --deepspeed zero3_nvme, or "
+            "leave --nvme_path out."
         )
     if arguments.max_duration_in_seconds < arguments.min_duration_in_seconds:
         problems.append(

@@ -16,6 +16,12 @@ DEEPSPEED_FOLDER = "deepspeed"
 PLAIN_MODEL_FILE = "model.safetensors"
 PLAIN_OPTIMIZER_FILE = "optimizer.pt"
 OPTIMIZER_NAMES_KEY = "names"  # in that file, beside what torch saves: the parameters in the optimizer's order
+SWAPPED_KEY = "swapped_groups"  # in the model states of DeepSpeed: which groups of the optimizer were on NVMe
+
+
+def swapped_folder(rank: int) -> str:
+    """Where, beside DeepSpeed's shards, a checkpoint holds what a rank had on NVMe."""
+    return f"offloaded_tensors/rank{rank:02d}"
 
 
 def step_folder_name(step: int) -> str:

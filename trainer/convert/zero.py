@@ -17,6 +17,7 @@ import torch
 from trainer.convert.errors import ConversionError
 from trainer.convert.partition import cut_group, cut_parameters, used_numel
 from trainer.convert.safe_load import safe_load
+from trainer.convert.swapped import SwappedGroups, noted_groups, read_swapped
 from trainer.convert.weights import Weight, zeros
 
 RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(optim|model)_states\.pt")
@@ -67,6 +68,8 @@ class Shards(NamedTuple):
     places: dict[str, Place]
     fixed: dict[str, Weight]
     """What the optimizer does not own: buffers and frozen parameters."""
+    swapped: list[SwappedGroups]
+    """By rank: groups that were on NVMe, whose flat tensors are files of their own."""
 
 
 def read_zero(folder: Path, *, world_size: int) -> list[Weight]:
@@ -189,12 +192,17 @@ def _stage_1_2(files: list[Path], states: list[State], model_file: Path, model: 
         places |= found
     # Below ZeRO-3 the model states hold all tensors whole; those of the optimizer are copies, maybe rounded to bf16.
     fixed = _as_saved(model["module"], [name for name in model["module"] if name not in places])
-    return Shards(files, states, [model_file], [model], partitions, places, fixed)
+    return Shards(files, states, [model_file], [model], partitions, places, fixed, [{} for _ in files])
 
 
 def _stage_3(files: list[Path], states: list[State], model_files: list[Path], models: list[State]) -> Shards:
     """Every parameter is cut over the ranks; a rank's groups, end to end, hold its shares in order."""
-    partitions = [_partitions(path, state, STAGE_3_PARTITIONS) for path, state in zip(files, states, strict=True)]
+    swapped = [noted_groups(model) for model in models]
+    partitions = [
+        [read_swapped(files[0].parent, rank, groups[number]) if number in groups else part
+         for number, part in enumerate(_partitions(files[rank], states[rank], STAGE_3_PARTITIONS))]
+        for rank, groups in enumerate(swapped)
+    ]  # fmt: skip
     shapes = {name: shape for group in models[0]["param_shapes"] for name, shape in group.items()}
     try:
         cut = cut_parameters(
@@ -202,7 +210,7 @@ def _stage_3(files: list[Path], states: list[State], model_files: list[Path], mo
         )
     except ValueError as error:
         raise ConversionError(
-            f"{files[0].parent}: {error}; copy the checkpoint again, or, if the optimizer was offloaded to NVMe, "
+            f"{files[0].parent}: {error}; copy the checkpoint again, or, if another trainer had its optimizer on NVMe, "
             "save with an offload device of cpu or none."
         ) from error
     parts = [(rank, group) for rank, own in enumerate(partitions) for group in range(len(own))]
@@ -211,7 +219,7 @@ def _stage_3(files: list[Path], states: list[State], model_files: list[Path], mo
         for (name, shape), where in zip(shapes.items(), cut, strict=True)
     }
     fixed = _frozen_parameters(model_files, models) | _as_saved(models[0]["module"], models[0]["buffer_names"])
-    return Shards(files, states, model_files, models, partitions, places, fixed)
+    return Shards(files, states, model_files, models, partitions, places, fixed, swapped)
 
 
 def _frozen_parameters(files: Sequence[Path], models: Sequence[State]) -> dict[str, Weight]:
@@ -282,16 +290,23 @@ def _partitions(path: Path, state: State, key: str) -> list[torch.Tensor]:
 def _moment_partitions(shards: Shards, key: str) -> list[list[torch.Tensor]]:
     """The flat tensors of one moment: cut like the weights, except that the padding at their end may be saved too."""
     found = []
-    for path, state, weights in zip(shards.optimizer_files, shards.states, shards.partitions, strict=True):
+    for rank, (path, state, weights) in enumerate(
+        zip(shards.optimizer_files, shards.states, shards.partitions, strict=True)
+    ):
         entries = _adam_entries(state)
+        swapped = shards.swapped[rank]
+        own = []
         for group, weight in enumerate(weights):
             moment = entries.get(group, {}).get(key)
+            if group in swapped:
+                moment = read_swapped(path.parent, rank, swapped[group], key)
             if not isinstance(moment, torch.Tensor) or moment.ndim != 1 or moment.numel() < weight.numel():
                 raise ConversionError(
-                    f"{path}: group {group} has no {key} as long as its weights; only the state of AdamW, not "
-                    "offloaded to NVMe, can be carried over."
+                    f"{path}: group {group} has no {key} as long as its weights; only the state of AdamW can be "
+                    "carried over."
                 )
-        found.append([entries[group][key].detach() for group in range(len(weights))])
+            own.append(moment.detach())
+        found.append(own)
     return found
 
 

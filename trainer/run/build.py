@@ -32,6 +32,7 @@ from trainer.run.ds_config import load_ds_config, partitioning, resolve_ds_confi
 from trainer.run.engine import Engine, build_engine, check_zero_section, is_main_process, launched_ranks
 from trainer.run.loop import EXIT_DONE, Run
 from trainer.run.metrics import Totals, drop_lines_after
+from trainer.run.nvme import own_folder
 from trainer.run.progress import Progress
 from trainer.run.run_folder import (
     Split,
@@ -344,7 +345,11 @@ def _ds_config(arguments: PretrainArguments) -> dict[str, Any] | None:
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         micro_batch_size=arguments.per_device_train_batch_size,
         world_size=launched_ranks(),
+        nvme_path=arguments.nvme_path,
     )
+    if arguments.nvme_path is not None:
+        own = own_folder(arguments.nvme_path, arguments.output_dir or "")
+        resolved["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(own)
     check_zero_section(resolved)
     return resolved
 

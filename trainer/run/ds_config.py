@@ -1,36 +1,24 @@
 """Read a DeepSpeed configuration, write in the values the trainer owns, refuse a file that disagrees with them.
 
 Every setting has one owner. Batch sizes, clipping and precision are the command line's, because the loop needs them
-with and without DeepSpeed; ZeRO, offload and communication are the file's. Where a file mentions one of ours it says
+with and without DeepSpeed, and so is the folder on NVMe, which no shipped file could name; ZeRO, offload and
+communication are the file's. Where a file mentions one of ours it says
 "auto" or repeats the command line's value. Neither torch nor DeepSpeed is imported, so mistakes show before they load.
 """
 
 import copy
-import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.run.ds_schema import unknown_keys
+from trainer.run.nvme import nvme_problems
 
 # In a checkout beside `trainer/`, in an installed wheel inside it.
 _PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED_FOLDERS = (_PACKAGE.parent / "ds_configs", _PACKAGE / "ds_configs")
-
-# What DeepSpeed 0.19.8 reads at the top level; it ignores any other key without a word.
-_KNOWN_KEYS = """
-    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type
-    compile csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather
-    disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps
-    gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine log_level
-    managed_gradient_accumulation memory_breakdown pipeline prescale_gradients
-    seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensor_parallel tensorboard
-    timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
-    vocabulary_size wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer zero_optimization
-"""
-KNOWN_KEYS = frozenset(_KNOWN_KEYS.split())
 
 REFUSED_KEYS = {
     "optimizer": "--learning_rate, --weight_decay, --adam_beta1, --adam_beta2 and --adam_epsilon set the optimizer",
@@ -96,6 +84,7 @@ def resolve_ds_config(
     gradient_accumulation_steps: int,
     micro_batch_size: int,
     world_size: int,
+    nvme_path: str | None = None,
 ) -> dict[str, Any]:
     """Fill what the trainer owns into a copy of `raw`; `source` names the file in messages.
 
@@ -111,9 +100,10 @@ def resolve_ds_config(
         f"({gradient_accumulation_steps}) x ranks ({world_size})"
     )
     problems = [
-        *_unknown_keys(config),
+        *unknown_keys(config, frozenset(REFUSED_KEYS)),
         *(f"{key} is set, but {owner}; remove it." for key, owner in REFUSED_KEYS.items() if key in config),
         *_zero_stage_problems(config),
+        *nvme_problems(config, nvme_path, source),
         *_own(config, "gradient_clipping", float(max_grad_norm), "--max_grad_norm"),
         *_own(config, "gradient_accumulation_steps", gradient_accumulation_steps, "--gradient_accumulation_steps"),
         *_own(config, "train_micro_batch_size_per_gpu", micro_batch_size, "--per_device_train_batch_size"),
@@ -163,14 +153,6 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise _RepeatedKeyError(json.dumps(key))
         found[key] = value
     return found
-
-
-def _unknown_keys(config: dict[str, Any]) -> Iterator[str]:
-    for key in config:
-        if key not in KNOWN_KEYS and key not in REFUSED_KEYS:
-            nearest = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "remove it."
-            yield f"{key} is not a key that DeepSpeed reads; {hint}"
 
 
 def _zero_stage_problems(config: dict[str, Any]) -> Iterator[str]:

@@ -6,6 +6,7 @@ import datetime
 import difflib
 import logging
 import os
+import shutil
 import socket
 import tempfile
 import warnings
@@ -29,10 +30,18 @@ from torch import Tensor, nn
 
 from trainer.convert.training_state import read_training_state
 from trainer.errors import UserError
-from trainer.layout import DEEPSPEED_FOLDER, OPTIMIZER_NAMES_KEY, PLAIN_MODEL_FILE, PLAIN_OPTIMIZER_FILE
+from trainer.layout import (
+    DEEPSPEED_FOLDER,
+    OPTIMIZER_NAMES_KEY,
+    PLAIN_MODEL_FILE,
+    PLAIN_OPTIMIZER_FILE,
+    SWAPPED_KEY,
+    swapped_folder,
+)
 from trainer.model.batch_norm import running_statistics
 from trainer.run.extensions import use_extensions_folder
-from trainer.run.reshard import load_plain, load_zero
+from trainer.run.nvme import remove_files, uses_nvme
+from trainer.run.reshard import load_plain, load_zero, swapped_groups
 
 _GROUP_SETTINGS = ("weight_decay", "betas", "eps")
 _SHAPES_GRADIENTS = (
@@ -172,8 +181,13 @@ class Engine:
         """
         writes = _Writes(folder)
         if self.uses_deepspeed:
+            noted = {SWAPPED_KEY: swapped_groups(self.model.optimizer)}
             with writes.kept_apart(self.model):
-                self.model.save_checkpoint(str(folder), tag=DEEPSPEED_FOLDER, save_latest=False)
+                self.model.save_checkpoint(str(folder), tag=DEEPSPEED_FOLDER, client_state=noted, save_latest=False)
+            if swapper := self._swapper():
+                target = folder / DEEPSPEED_FOLDER / swapped_folder(self.rank)
+                gradients = shutil.ignore_patterns("*gradient*")
+                writes.attempt(shutil.copytree)(swapper.swap_folder, target, ignore=gradients)
         elif self.is_main:
             model: nn.Module = self.accelerator.unwrap_model(self.model)
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -184,6 +198,10 @@ class Engine:
             writes.attempt(torch.save)(optimizer, folder / PLAIN_OPTIMIZER_FILE)
         writes.raise_failure()
 
+    def _swapper(self) -> Any:
+        """What keeps the optimizer's state on NVMe; None where it is in memory."""
+        return self.model.optimizer.optimizer_swapper if self.model.zero_nvme_offload_optimizer() else None
+
     def same_on_all_ranks(self, value: int) -> bool:
         """Whether every rank brought the same value (0 <= value < 10^7); the answer is the same on every rank."""
         sums = self.sum_over_ranks(torch.tensor([value, value * value], dtype=torch.float64, device=self.device))
@@ -191,6 +209,8 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote in a run that cuts its state as this one does (see `load_resharded`).
+
+        Not with state on NVMe: DeepSpeed 0.19.8 would restore the moments, but neither weights nor step counts.
 
         Weight decay, betas and epsilon stay those of this run, which loading would set back.
         """
@@ -232,7 +252,9 @@ class Engine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def close(self) -> None:
-        """End trackers and the process group."""
+        """End trackers and the process group; what this rank put on NVMe goes."""
+        if self.uses_deepspeed and (swapper := self._swapper()):
+            remove_files(Path(swapper.swap_folder))
         self.accelerator.end_training()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -263,15 +285,19 @@ class _Writes:
 
     @contextlib.contextmanager
     def kept_apart(self, model: Any) -> Iterator[None]:
-        """Let the DeepSpeed engine `model` write through `attempt` (0.19.8: these three calls are all that write)."""
+        """Let the DeepSpeed engine `model` write through `attempt` (0.19.8: these three calls are all that write).
+
+        It would copy files on NVMe too, and a rank that could not would leave the others waiting: `Engine.save` does.
+        """
         writer = model.checkpoint_engine
         methods = ((writer, "save"), (writer, "makedirs"), (model, "_copy_recovery_script"))
         for owner, name in methods:
             setattr(owner, name, self.attempt(getattr(owner, name)))
+        model.zero_nvme_offload_optimizer = lambda: False
         try:
             yield
         finally:
-            for owner, name in methods:
+            for owner, name in (*methods, (model, "zero_nvme_offload_optimizer")):
                 delattr(owner, name)  # uncovers the class's own
 
     def raise_failure(self) -> None:
@@ -302,6 +328,20 @@ def check_zero_section(ds_config: dict[str, Any]) -> None:
             hint = f"; did you mean {near[0]}?" if near and problem["type"] == "extra_forbidden" else "."
             lines.append(f"{path} ({problem['input']}): {problem['msg']}{hint}")
         raise UserError("\n".join(lines)) from error
+    if uses_nvme(ds_config):
+        _check_async_io()
+
+
+def _check_async_io() -> None:
+    """Raise `UserError` where the extension that writes to NVMe could not be compiled (seen in DeepSpeed 0.19.8)."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            "zero_optimization.offload_optimizer.device (nvme) needs DeepSpeed's extension async_io, for which libaio "
+            "or a C++ compiler is missing here; install libaio with its headers (Debian: libaio-dev, g++), or offload "
+            "to cpu (--deepspeed zero3_offload)."
+        )
 
 
 def launched_ranks() -> int:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from trainer.convert.training_state import TrainingState
-from trainer.convert.weights import Weight
 from trainer.errors import UserError
 
 
@@ -55,45 +54,67 @@ def _load_stage_1_2(module: nn.Module, zero: Any, source: TrainingState) -> None
         if parameter is None or not parameter.requires_grad:
             targets[weight.name].copy_(weight.read())
         elif parameter._hp_mapping is not None:  # type: ignore[attr-defined]
-            _set_each(weight, source, parameter.set_full_hp_param)  # type: ignore[attr-defined]
+            set_full: Callable[..., None] = parameter.set_full_hp_param  # type: ignore[attr-defined]
+            set_full(weight.read())
+            for key, moments in source.moments.of.items():
+                set_full(moments[weight.name].read(), key)
     zero.update_lp_params()
 
 
 def _load_stage_3(module: nn.Module, zero: Any, source: TrainingState, rank: int) -> None:
-    """Each rank owns a share of every parameter, frozen ones included, and nothing is whole but buffers."""
-    _fresh_states(zero.optimizer, zero.fp32_partitioned_groups_flat, source)
+    """Each rank owns a share of every parameter, frozen ones included, and nothing is whole but buffers.
+
+    Groups come into memory one after another where they are kept on NVMe.
+    """
     zero.checkpoint_event_prologue()  # parts with the small parameters that are kept whole between uses
     targets = module.state_dict()
-    parameters: dict[str, Any] = dict(module.named_parameters())
-    for weight in source.weights:
-        parameter = parameters.get(weight.name)
+    names: dict[Any, str] = {parameter: name for name, parameter in module.named_parameters()}
+    parameters: dict[str, Any] = {name: parameter for parameter, name in names.items()}
+    by_name = {weight.name: weight for weight in source.weights}
+    for name, weight in by_name.items():
+        parameter = parameters.get(name)
         if parameter is None:
-            targets[weight.name].copy_(weight.read())
-            continue
-        share = parameter.ds_tensor.numel()
-        if not parameter.requires_grad:
-            parameter.ds_tensor.copy_(_own_share(weight.read(), share, rank))
-            continue
-
-        def set_own(full: Tensor, key: str | None = None, parameter: Any = parameter, share: int = share) -> None:
-            zero.set_local_hp_param(_own_share(full, share, rank), parameter, key)
-
-        _set_each(weight, source, set_own)
-    for group in range(len(zero.fp16_groups)):
-        zero._reassign_or_swap_out_partitioned_parameters(group)  # the shares that forward takes, from the fp32 ones
+            targets[name].copy_(weight.read())
+        elif not parameter.requires_grad:
+            parameter.ds_tensor.copy_(_own_share(weight.read(), parameter.ds_tensor.numel(), rank))
+    for number, group in enumerate(zero.fp16_groups):
+        on_nvme = zero._swappable_optimizer_subgroup(number)
+        if on_nvme:
+            zero._optimizer_states_and_gradient_swap_in(number)
+        flat = zero.fp32_partitioned_groups_flat[number]
+        _fresh_states(zero.optimizer, [flat], source)
+        for parameter in group:
+            name = names[parameter]
+            _, start, share = zero.grad_position[zero.get_param_id(parameter)]
+            flat[start : start + share].copy_(_own_share(by_name[name].read(), share, rank))
+            for key, moments in source.moments.of.items():
+                moment = zero.optimizer.state[flat][key]
+                moment[start : start + share].copy_(_own_share(moments[name].read(), share, rank))
+        zero._reassign_or_swap_out_partitioned_parameters(number)  # the shares that forward takes, from the fp32 ones
+        if on_nvme:
+            zero._optimizer_states_and_gradient_swap_out(number)
     zero.checkpoint_event_epilogue()
+
+
+def swapped_groups(zero: Any) -> list[tuple[str, int] | None]:
+    """For every group of a DeepSpeed optimizer the name and length of its files on NVMe; None if it is in memory.
+
+    A checkpoint needs it noted: file names alone do not tell which group they hold, nor where padding begins.
+    """
+    if getattr(zero, "optimizer_swapper", None) is None:
+        return []
+    return [
+        (str(flat.ds_id), int(zero.fp16_partitioned_groups_flat_numel[number]))
+        if zero._swappable_optimizer_subgroup(number)
+        else None
+        for number, flat in enumerate(zero.fp32_partitioned_groups_flat)
+    ]
 
 
 def _own_share(full: Tensor, numel: int, rank: int) -> Tensor:
     """This rank's share of a parameter under ZeRO-3; shares are of equal length, the last ones padded."""
     own = full.reshape(-1)[rank * numel : (rank + 1) * numel]
     return nn.functional.pad(own, (0, numel - own.numel()))
-
-
-def _set_each(weight: Weight, source: TrainingState, set_full: Callable[..., None]) -> None:
-    set_full(weight.read())
-    for key, moments in source.moments.of.items():
-        set_full(moments[weight.name].read(), key)
 
 
 def _fresh_states(optimizer: torch.optim.Optimizer, flat: list[Tensor], source: TrainingState) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from trainer.run import ds_config
 from trainer.run.ds_config import DsConfigError, load_ds_config, partitioning, resolve_ds_config, shipped_configs
+from trainer.run.ds_schema import SECTIONS
 
 RUN: dict[str, Any] = {
     "source": "my.json",
@@ -275,7 +276,7 @@ _values = st.recursive(
     max_leaves=6,
 )
 _configs = st.dictionaries(
-    st.sampled_from(sorted(ds_config.KNOWN_KEYS | set(ds_config.REFUSED_KEYS))) | st.text(max_size=8),
+    st.sampled_from(sorted(SECTIONS[""] | set(ds_config.REFUSED_KEYS))) | st.text(max_size=8),
     _values,
     max_size=8,
 )
