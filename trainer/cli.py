@@ -98,6 +98,9 @@ def _pretrain(words: list[str]) -> int:
     except HelpRequested as requested:
         print(requested, end="")
         return EXIT_DONE
+    from trainer.run.ds_config import ds_config_of
+
+    ds_config_of(arguments, int(os.environ.get("WORLD_SIZE", "1")))  # its mistakes show before torch is loaded
     from trainer.run.build import pretrain
 
     return pretrain(arguments)

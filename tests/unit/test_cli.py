@@ -44,6 +44,31 @@ def test_unknown_flag_and_recipe_key(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "batch_size" in complaint and "--learning_rte; did you mean --learning_rate?" in complaint
 
 
+def test_mistakes_in_a_deepspeed_file_show_before_torch_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "my.json"
+    path.write_text('{"zero_optimization": {"stage": 2,\n "overlap_com": false}, "gradient_clipping": 5}')
+    flags = ["pretrain", "--config=demo", "--dataset_name=speech", "--output_dir=run", f"--deepspeed={path}"]
+    code = "import sys; from trainer.cli import main; sys.exit(main(sys.argv[1:]) + 10 * ('torch' in sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert "zero_optimization.overlap_com is not a key that DeepSpeed reads; did you mean overlap_comm?" in ended.stderr
+    assert "gradient_clipping is 5, but --max_grad_norm sets it to 1.0" in ended.stderr
+    path.write_text('{"zero_optimization":\n {"stage": 2,}}')
+    ended = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and f"{path}, line 2, column " in ended.stderr
+
+
+def test_nvme_without_deepspeed_and_where_its_extension_cannot_be_compiled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvme = f"--nvme_path={tmp_path}"
+    assert _pretrain(nvme, out=str(tmp_path / "run")) == 2
+    assert "add --deepspeed zero3_nvme, or leave --nvme_path out" in _complaint(capsys)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no compiler
+    assert _pretrain(nvme, "--deepspeed=zero3_nvme", out=str(tmp_path / "run")) == 2
+    assert "needs DeepSpeed's extension async_io" in _complaint(capsys)
+
+
 def test_no_audio_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("no sound")
     assert _pretrain(data=tmp_path, out=str(tmp_path / "run")) == 2

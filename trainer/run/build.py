@@ -28,11 +28,10 @@ from trainer.run.checkpoint import (
     verify_together,
 )
 from trainer.run.corpus import Corpus, SkippedLog, batching_of, describe, fingerprint, open_corpus
-from trainer.run.ds_config import load_ds_config, partitioning, resolve_ds_config
+from trainer.run.ds_config import ds_config_of, partitioning
 from trainer.run.engine import Engine, build_engine, check_zero_section, is_main_process, launched_ranks
 from trainer.run.loop import EXIT_DONE, Run
 from trainer.run.metrics import Totals, drop_lines_after
-from trainer.run.nvme import own_folder
 from trainer.run.progress import Progress
 from trainer.run.run_folder import (
     Split,
@@ -335,23 +334,10 @@ def _model_config(arguments: PretrainArguments, checkpoint: Path | None) -> Mode
 
 
 def _ds_config(arguments: PretrainArguments) -> dict[str, Any] | None:
-    if arguments.deepspeed is None:
-        return None
-    resolved = resolve_ds_config(
-        load_ds_config(arguments.deepspeed),
-        source=arguments.deepspeed,
-        bf16=arguments.bf16,
-        max_grad_norm=arguments.max_grad_norm,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        micro_batch_size=arguments.per_device_train_batch_size,
-        world_size=launched_ranks(),
-        nvme_path=arguments.nvme_path,
-    )
-    if arguments.nvme_path is not None:
-        own = own_folder(arguments.nvme_path, arguments.output_dir or "")
-        resolved["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(own)
-    check_zero_section(resolved)
-    return resolved
+    config = ds_config_of(arguments, launched_ranks())
+    if config is not None:
+        check_zero_section(config)
+    return config
 
 
 def _max_train_steps(arguments: PretrainArguments, corpus: Corpus, world_size: int, state: TrainerState) -> int:

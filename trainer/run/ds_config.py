@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.arguments import PretrainArguments
 from trainer.errors import UserError
 from trainer.run.ds_schema import unknown_keys
-from trainer.run.nvme import nvme_problems
+from trainer.run.nvme import nvme_problems, own_folder
 
 # In a checkout beside `trainer/`, in an installed wheel inside it.
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -72,6 +73,26 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
         raise DsConfigError(f"{path}: the key {error} occurs twice in one object; remove one of them.") from None
     if not isinstance(config, dict):
         raise DsConfigError(f'{path} must hold one JSON object: {{"zero_optimization": {{"stage": 2}}, ...}}.')
+    return config
+
+
+def ds_config_of(arguments: PretrainArguments, world_size: int) -> dict[str, Any] | None:
+    """The resolved configuration of `--deepspeed`; None without. Raises `DsConfigError`."""
+    if arguments.deepspeed is None:
+        return None
+    config = resolve_ds_config(
+        load_ds_config(arguments.deepspeed),
+        source=arguments.deepspeed,
+        bf16=arguments.bf16,
+        max_grad_norm=arguments.max_grad_norm,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        micro_batch_size=arguments.per_device_train_batch_size,
+        world_size=world_size,
+        nvme_path=arguments.nvme_path,
+    )
+    if arguments.nvme_path is not None:
+        own = own_folder(arguments.nvme_path, arguments.output_dir or "")
+        config["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(own)
     return config
 
 

@@ -11,9 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.arguments import parse_arguments, shipped_recipes
 from trainer.run import ds_config
-from trainer.run.ds_config import DsConfigError, load_ds_config, partitioning, resolve_ds_config, shipped_configs
+from trainer.run.ds_config import (
+    DsConfigError,
+    ds_config_of,
+    load_ds_config,
+    partitioning,
+    resolve_ds_config,
+    shipped_configs,
+)
 from trainer.run.ds_schema import SECTIONS
+from trainer.run.engine import check_zero_section
 
 RUN: dict[str, Any] = {
     "source": "my.json",
@@ -40,14 +49,35 @@ def problems(config: dict[str, Any], **changes: Any) -> list[str]:
 # --- load_ds_config
 
 
+def test_every_stage_is_shipped() -> None:
+    assert list(shipped_configs()) == ["zero2", "zero2_offload", "zero3", "zero3_nvme", "zero3_offload"]
+
+
 @pytest.mark.parametrize("name", sorted(shipped_configs()))
-def test_every_shipped_config_fits_a_run(name: str) -> None:
-    resolved = resolve_ds_config(load_ds_config(name), **RUN)
-    assert "auto" not in json.dumps(resolved)
+@pytest.mark.parametrize("recipe", shipped_recipes())
+def test_every_shipped_config_fits_every_shipped_recipe(name: str, recipe: str, tmp_path: Path) -> None:
+    flags = [f"--config={recipe}", f"--deepspeed={name}", "--dataset_name=speech", "--output_dir=run"]
+    if name == "zero3_nvme":
+        flags.append(f"--nvme_path={tmp_path}")
+    arguments = parse_arguments(flags)
+    resolved = ds_config_of(arguments, world_size=8)
+    assert resolved is not None and "auto" not in json.dumps(resolved)
+    assert resolved["train_batch_size"] == 8 * arguments.per_device_train_batch_size
+    assert resolved["data_types"]["grad_accum_dtype"] == "fp32"
+    zero = resolved["zero_optimization"]
+    assert f"zero{zero['stage']}" == name[:5]
+    assert zero["stage"] == 3 or zero["overlap_comm"] is False
+    check_zero_section(resolved)  # as DeepSpeed reads it
 
 
-def test_zero2_is_shipped() -> None:
-    assert load_ds_config("zero2")["zero_optimization"]["stage"] == 2
+def test_the_folder_on_nvme_is_the_runs_own(tmp_path: Path) -> None:
+    flags = ["--config=demo", "--dataset_name=speech", "--deepspeed=zero3_nvme", f"--nvme_path={tmp_path}"]
+    folders = set()
+    for output_dir in ("a", "b"):
+        resolved = ds_config_of(parse_arguments([*flags, f"--output_dir={output_dir}"]), world_size=1)
+        assert resolved is not None
+        folders.add(Path(resolved["zero_optimization"]["offload_optimizer"]["nvme_path"]))
+    assert len(folders) == 2 and {folder.parent for folder in folders} == {tmp_path}
 
 
 def test_a_path_is_read_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +165,9 @@ def test_an_equal_value_is_accepted() -> None:
 
 
 def test_what_the_file_owns_stays() -> None:
-    own = {"bf16": {"check_overflow": False}, "data_types": {"grad_accum_dtype": "fp32"}, "steps_per_print": 7}
+    own = {"bf16": {"check_grad_overflow": False}, "data_types": {"grad_accum_dtype": "fp32"}, "steps_per_print": 7}
     resolved = resolve(own)
-    assert resolved["bf16"] == {"check_overflow": False, "enabled": True}
+    assert resolved["bf16"] == {"check_grad_overflow": False, "enabled": True}
     assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
     assert resolved["steps_per_print"] == 7
 
