@@ -51,16 +51,17 @@ def build_parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str]) -> int:
     """Convert, print what was written and upload it if asked to; returns the exit code 0. Raises `UserError`."""
     given = build_parser().parse_args(list(words))
-    from trainer.convert.conversion import convert
-    from trainer.convert.universal import convert_to_universal
-
     if given.push_to_hub is not None:
         check_repository_name(given.push_to_hub)
     common = {"dtype": given.dtype, "verify": not given.no_verify, "overwrite": given.overwrite}
     try:
         if given.to == "universal":
+            from trainer.convert.universal import convert_to_universal
+
             report = convert_to_universal(given.source, given.out, **common)
         else:
+            from trainer.convert.conversion import convert
+
             report = convert(
                 given.source, given.out, max_shard_size=given.max_shard_size, config_from=given.config_from, **common
             )

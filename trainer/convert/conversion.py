@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from trainer.convert.card import model_card, read_run
 from trainer.convert.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, read_json
+from trainer.convert.dtypes import resolve_dtype
 from trainer.convert.errors import ConversionError
 from trainer.convert.foreign import find_foreign, open_foreign
 from trainer.convert.plain import read_plain
@@ -18,15 +17,6 @@ from trainer.convert.verify import check_names, check_written, stock_shapes
 from trainer.convert.weights import Weight
 from trainer.convert.writer import check_destination, flushing, parse_size, plan_shards, published_folder, write_shards
 from trainer.convert.zero import read_zero
-
-DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-}
 
 
 class ConversionReport(NamedTuple):
@@ -95,31 +85,13 @@ def convert(
         out=out,
         step=checkpoint.step,
         engine=checkpoint.engine,
-        dtype=dtype_name(target),
+        dtype=target,
         num_parameters=num_parameters,
         num_bytes=sum(sizes.values()),
         files=tuple(sizes),
         verified=verify,
         seconds=time.monotonic() - started,
     )
-
-
-def resolve_dtype(dtype: str | None) -> torch.dtype:
-    """The torch type of a name; fp32 for None.
-
-    Raises:
-        ConversionError: the name is unknown.
-    """
-    if dtype is None:
-        return torch.float32
-    if dtype not in DTYPES:
-        raise ConversionError(f"dtype ({dtype}) must be one of {', '.join(DTYPES)}; leave it out for fp32.")
-    return DTYPES[dtype]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name that transformers uses, such as float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def read_weights(checkpoint: Checkpoint) -> Sequence[Weight]:
@@ -133,7 +105,7 @@ def read_weights(checkpoint: Checkpoint) -> Sequence[Weight]:
     return read_plain(checkpoint.weights)
 
 
-def write_configuration(staging: Path, checkpoint: Checkpoint, dtype: torch.dtype, num_parameters: int) -> None:
+def write_configuration(staging: Path, checkpoint: Checkpoint, dtype: str, num_parameters: int) -> None:
     """Copy the model's and the feature extractor's configuration, with the type of these weights, and add the card.
 
     Raises:
@@ -141,14 +113,14 @@ def write_configuration(staging: Path, checkpoint: Checkpoint, dtype: torch.dtyp
     """
     config = _configuration(checkpoint, "config.json")
     preprocessor = _configuration(checkpoint, "preprocessor_config.json")
-    _write_json(staging / "config.json", config | {"dtype": dtype_name(dtype)})
+    _write_json(staging / "config.json", config | {"dtype": dtype})
     _write_json(staging / "preprocessor_config.json", preprocessor)
     card = model_card(
         config,
         read_run(checkpoint.folder, checkpoint.step),
         step=checkpoint.step,
         num_parameters=num_parameters,
-        dtype=dtype_name(dtype),
+        dtype=dtype,
         sampling_rate=preprocessor.get("sampling_rate", 16000),
     )
     (staging / "README.md").write_text(card, encoding="utf-8")

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainer.convert.errors import ConversionError
+from trainer.convert.safe_load import StoredTensor
+from trainer.convert.stream import Extent
 from trainer.layout import SWAPPED_KEY, swapped_folder
 
 SwappedGroups = dict[int, tuple[str, int]]
@@ -17,11 +17,11 @@ def noted_groups(model: dict[str, Any]) -> SwappedGroups:
     return {number: tuple(group) for number, group in enumerate(model.get(SWAPPED_KEY) or ()) if group is not None}
 
 
-def read_swapped(folder: Path, rank: int, group: tuple[str, int], moment: str | None = None) -> torch.Tensor:
-    """The flat weights of a group, or one of its moments, mapped from its file. Raises `ConversionError`."""
+def read_swapped(folder: Path, rank: int, group: tuple[str, int], moment: str | None = None) -> StoredTensor:
+    """The flat weights of a group, or one of its moments; nothing of them is read yet. Raises `ConversionError`."""
     name, numel = group
     path = folder / swapped_folder(rank) / (f"{name}.tensor.swp" if moment is None else f"{moment}-{name}.tensor.swp")
     if not path.is_file() or path.stat().st_size < 4 * numel:
         problem = "is too short" if path.is_file() else "is missing"
         raise ConversionError(f"{path}: {problem}; copy the checkpoint again, with the files of all machines.")
-    return torch.from_file(str(path), shared=False, size=numel, dtype=torch.float32)
+    return StoredTensor((numel,), "float32", Extent(path, 0, 4 * numel))

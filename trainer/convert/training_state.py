@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from trainer.convert.errors import ConversionError
 from trainer.convert.plain import read_plain
-from trainer.convert.safe_load import safe_load
-from trainer.convert.weights import Weight, zeros
+from trainer.convert.safe_load import StoredTensor, read_count, safe_load
+from trainer.convert.weights import Weight, whole, zeros
 from trainer.convert.zero import MOMENTS, Moments, read_zero_training
 from trainer.layout import DEEPSPEED_FOLDER, OPTIMIZER_NAMES_KEY, PLAIN_MODEL_FILE, PLAIN_OPTIMIZER_FILE
 
@@ -52,8 +50,8 @@ def _plain_moments(path: Path, weights: Sequence[Weight]) -> Moments:
                 of[key][name] = zeros(name, shapes[name])
                 continue
             moment = entry.get(key)
-            if not isinstance(moment, torch.Tensor) or moment.shape != shapes.get(name):
+            if not isinstance(moment, StoredTensor) or moment.shape != shapes.get(name):
                 raise ConversionError(f"{path}: has no {key} of the shape of {name}; take another checkpoint.")
-            of[key][name] = Weight(name, tuple(moment.shape), moment.dtype, moment.detach)
-    num_updates = max((int(entry["step"]) for entry in state["state"].values()), default=0)
+            of[key][name] = whole(name, moment)
+    num_updates = max((read_count(entry["step"]) for entry in state["state"].values()), default=0)
     return Moments(of, num_updates, state["param_groups"])

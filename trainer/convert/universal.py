@@ -26,9 +26,9 @@ import torch
 from trainer.convert.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, read_json
 from trainer.convert.conversion import ConversionReport
 from trainer.convert.errors import ConversionError
-from trainer.convert.safe_load import safe_load
+from trainer.convert.safe_load import StoredTensor, safe_load
 from trainer.convert.training_state import TrainingState, read_training_state
-from trainer.convert.weights import same_bits
+from trainer.convert.weights import same_bits, whole
 from trainer.convert.writer import check_destination, published_folder
 from trainer.layout import TRAINER_STATE_FILE
 
@@ -99,7 +99,14 @@ def _files(state: TrainingState, checkpoint: Checkpoint) -> Iterator[tuple[Path,
             for key, moments in state.moments.of.items():
                 yield folder / f"{key}.pt", {"param": moments[weight.name].read()}
             yield folder / "step.pt", step
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in state.moments.groups]
+    groups = [
+        {
+            key: whole(key, value).read() if isinstance(value, StoredTensor) else value
+            for key, value in group.items()
+            if key != "params"
+        }
+        for group in state.moments.groups
+    ]
     # ZeRO-3 gives every group the settings of the first one; those that differ are left to the new engine
     shared = {key: value for key, value in groups[0].items() if all(group.get(key) == value for group in groups)}
     yield (
@@ -127,9 +134,8 @@ def _files(state: TrainingState, checkpoint: Checkpoint) -> Iterator[tuple[Path,
 def _save(path: Path, content: dict[str, Any] | torch.Tensor, *, verify: bool) -> None:
     path.parent.mkdir(exist_ok=True)
     if isinstance(content, dict) and isinstance(content.get("param"), torch.Tensor):
-        content = {"param": content["param"].clone()}  # a view would take the whole partition with it
         torch.save(content, path)
-        if verify and not same_bits(safe_load(path)["param"], content["param"]):
+        if verify and not same_bits(whole("param", safe_load(path)["param"]).read(), content["param"]):
             raise ConversionError(f"{path.name} of {path.parent.name} differs from the checkpoint; convert again.")
         return
     torch.save(content, path)

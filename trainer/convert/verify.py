@@ -1,21 +1,23 @@
 """Makes sure that a converted folder is what it should be: the stock model's keys, and the checkpoint's values."""
 
 import json
-import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import safe_open
-
-from trainer.convert.archive import ReadBlock, check_blocks
+from trainer.convert.archive import ReadExtent, check_read
+from trainer.convert.dtypes import all_finite, cast
 from trainer.convert.errors import ConversionError
+from trainer.convert.safetensors_file import Entry, read_header
 from trainer.convert.stock import state_dict_shapes
-from trainer.convert.stream import BlockReader, on_all_cores, read_exactly
-from trainer.convert.weights import Weight, as_bytes, output_dtype, same_bits
-from trainer.convert.writer import INDEX_NAME, TYPE_NAMES
+from trainer.convert.stream import BLOCK_BYTES, OpenFiles, blocks, on_all_cores
+from trainer.convert.weights import Weight, output_dtype
+from trainer.convert.writer import INDEX_NAME
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def stock_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -30,6 +32,7 @@ def stock_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     known = state_dict_shapes(_read(folder / "config.json"), _read(folder / "preprocessor_config.json"))
     if known is not None:
         return known
+    import torch
     import transformers
 
     extractors: Any = transformers.AutoFeatureExtractor  # its methods carry no types
@@ -74,7 +77,7 @@ def check_names(weights: Sequence[Weight], expected: dict[str, tuple[int, ...]])
         raise ConversionError(f"checkpoint: {listed}. config.json does not describe the model that was saved.")
 
 
-def check_written(folder: Path, weights: Sequence[Weight], dtype: torch.dtype) -> None:
+def check_written(folder: Path, weights: Sequence[Weight], dtype: str) -> None:
     """Read every tensor of `folder` back and compare it, bit by bit, with the checkpoint, which is read anew.
 
     What is read of the checkpoint is held against the CRC-32 of its archives on the way.
@@ -84,13 +87,15 @@ def check_written(folder: Path, weights: Sequence[Weight], dtype: torch.dtype) -
             value that is not finite; or the checkpoint is damaged.
     """
     wanted = {weight.name: weight for weight in weights}
-    blocks: list[ReadBlock] = []
-    with BlockReader() as reader:
-        for path in _listed_files(folder):
-            _check_file(path, wanted, dtype, reader, blocks)
+    pairs: list[tuple[Weight, Entry]] = []
+    for path in _listed_files(folder):
+        pairs += _pairs(path, wanted, dtype)
     if wanted:
         raise ConversionError(f"{folder.name}: {next(iter(wanted))} was not written; convert again.")
-    check_blocks(blocks)
+    found: list[ReadExtent] = []
+    with OpenFiles() as files:
+        on_all_cores(lambda pair: found.extend(_compare(*pair, files)), pairs)
+    check_read(found)
 
 
 def _listed_files(folder: Path) -> list[Path]:
@@ -100,53 +105,60 @@ def _listed_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
 
 
-def _check_file(
-    path: Path, wanted: dict[str, Weight], dtype: torch.dtype, reader: BlockReader, blocks: list[ReadBlock]
+def _pairs(path: Path, wanted: dict[str, Weight], dtype: str) -> list[tuple[Weight, Entry]]:
+    """The weights of one file, which are taken out of `wanted`, and where they should be in it."""
+    pairs = []
+    for name, entry in read_header(path).items():
+        if name not in wanted:
+            raise ConversionError(f"{path.name}: {name} should not be in this file; convert again.")
+        weight = wanted.pop(name)
+        if (entry.shape, entry.dtype) != (weight.shape, output_dtype(weight, dtype)):
+            raise ConversionError(f"{path.name}: {name} has another shape or type than was asked for.")
+        pairs.append((weight, entry))
+    return pairs
+
+
+def _compare(weight: Weight, entry: Entry, files: OpenFiles) -> list[ReadExtent]:
+    """What was read of the checkpoint for a weight that was found to be written as it should."""
+    import numpy as np
+
+    source_buffer = np.empty(min(BLOCK_BYTES, weight.num_bytes), np.uint8)
+    written_buffer = np.empty(min(BLOCK_BYTES, weight.num_bytes), np.uint8)
+    path, position, _ = entry.extent
+    found = []
+    for extent in weight.extents:
+        crc = 0
+        for source_path, start, stop in blocks(extent):
+            source = source_buffer[: stop - start]
+            files.read(source_path, start, source.data)
+            crc = zlib.crc32(source, crc)
+            expected = cast(source, weight.dtype, entry.dtype)
+            written = written_buffer[: len(expected)]
+            files.read(path, position, written.data)
+            _check_block(weight, entry, source, expected, written)
+            position += len(written)
+        found.append(ReadExtent(extent, crc))
+    return found
+
+
+def _check_block(
+    weight: Weight,
+    entry: Entry,
+    source: "NDArray[np.uint8]",
+    expected: "NDArray[np.uint8]",
+    written: "NDArray[np.uint8]",
 ) -> None:
-    """Compare the weights of one file and take them out of `wanted`; note in `blocks` what was read for it."""
-    expected = []
-    with safe_open(path, framework="pt") as shard:
-        names: list[str] = shard.keys()
-        for name in names:
-            if name not in wanted:
-                raise ConversionError(f"{path.name}: {name} should not be in this file; convert again.")
-            weight = wanted.pop(name)
-            entry = shard.get_slice(name)
-            if (tuple(entry.get_shape()), entry.get_dtype()) != (weight.shape, TYPE_NAMES[output_dtype(weight, dtype)]):
-                raise ConversionError(f"{path.name}: {name} has another shape or type than was asked for.")
-            expected.append(weight)
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
-
-        def compare(weight: Weight) -> None:
-            position = 8 + header_bytes + header[weight.name]["data_offsets"][0]
-            for block in reader.blocks(weight):
-                wanted_values = block.values.to(output_dtype(weight, dtype))
-                written = torch.empty_like(wanted_values)
-                read_exactly(file.fileno(), written, position, path)
-                _check_block(path, weight, block.values, wanted_values, written)
-                if block.extent is not None:
-                    blocks.append(ReadBlock(block.extent, zlib.crc32(as_bytes(block.values).numpy().data)))
-                position += written.numel() * written.itemsize
-
-        on_all_cores(compare, expected)
-
-
-def _check_block(path: Path, weight: Weight, source: torch.Tensor, wanted: torch.Tensor, written: torch.Tensor) -> None:
-    if not same_bits(written, wanted):
+    if not _same(written, expected):
         raise ConversionError(
-            f"{path.name}: {weight.name} differs from the checkpoint; check the disk and convert again."
+            f"{entry.extent.path.name}: {weight.name} differs from the checkpoint; check the disk and convert again."
         )
-    if not _all_finite(written):
-        if _all_finite(source):
-            raise ConversionError(f"dtype ({written.dtype}) cannot hold the values of {weight.name}; use fp32 or bf16.")
+    if not all_finite(written, entry.dtype):
+        if all_finite(source, weight.dtype):
+            raise ConversionError(f"dtype ({entry.dtype}) cannot hold the values of {weight.name}; use fp32 or bf16.")
         raise ConversionError(f"checkpoint: {weight.name} has values that are not finite; take an earlier checkpoint.")
 
 
-def _all_finite(tensor: torch.Tensor) -> bool:
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    # NaN and infinities reach the extremes; `isfinite().all()` takes twenty times the CPU time.
-    least, most = tensor.aminmax()
-    return math.isfinite(least) and math.isfinite(most)
+def _same(left: "NDArray[np.uint8]", right: "NDArray[np.uint8]") -> bool:
+    if len(left) % 8 == 0:  # eight bytes at a time
+        left, right = left.view("uint64"), right.view("uint64")
+    return bool((left == right).all())

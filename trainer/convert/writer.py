@@ -1,8 +1,7 @@
 """Writes weights as safetensors shards, block by block, and publishes a folder whole or not at all.
 
-The shards are written here and not by `safetensors.torch.save_file` because that takes a whole shard in memory. The
-format (https://github.com/huggingface/safetensors#format): the header's length in 8 bytes, a JSON header with the type,
-shape and place of each tensor, then the bytes of the tensors without gaps.
+The shards are written here and not by `safetensors.torch.save_file` because that takes a whole shard in memory;
+`safetensors_file.py` tells the format.
 """
 
 import json
@@ -17,24 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
+from trainer.convert.dtypes import ITEM_BYTES, SAFETENSORS_NAMES, cast
 from trainer.convert.errors import ConversionError
-from trainer.convert.stream import BlockReader, on_all_cores
-from trainer.convert.weights import Weight, as_bytes, output_dtype
+from trainer.convert.stream import BLOCK_BYTES, OpenFiles, blocks, on_all_cores
+from trainer.convert.weights import Weight, output_dtype
 
-TYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 UNITS_BYTES = {
     "KB": 10**3,
     "MB": 10**6,
@@ -68,7 +54,7 @@ def parse_size(max_shard_size: str) -> int:
     return size
 
 
-def plan_shards(weights: Sequence[Weight], dtype: torch.dtype, max_bytes: int) -> list[Shard]:
+def plan_shards(weights: Sequence[Weight], dtype: str, max_bytes: int) -> list[Shard]:
     """Fill shards in the order of the weights; a weight larger than `max_bytes` gets a shard of its own."""
     groups: list[list[Weight]] = [[]]
     free = max_bytes
@@ -84,16 +70,20 @@ def plan_shards(weights: Sequence[Weight], dtype: torch.dtype, max_bytes: int) -
     return [Shard(f"model-{n:05d}-of-{len(groups):05d}.safetensors", group) for n, group in enumerate(groups, start=1)]
 
 
-def num_bytes(weight: Weight, dtype: torch.dtype) -> int:
+def num_bytes(weight: Weight, dtype: str) -> int:
     """Bytes of a weight once written for a model of type `dtype`."""
-    return math.prod(weight.shape) * output_dtype(weight, dtype).itemsize
+    return math.prod(weight.shape) * ITEM_BYTES[output_dtype(weight, dtype)]
 
 
-def write_shards(folder: Path, shards: Sequence[Shard], dtype: torch.dtype) -> None:
-    """Write the shards and, if there is more than one, their index, as `save_pretrained` lays them out."""
-    with BlockReader() as reader:
+def write_shards(folder: Path, shards: Sequence[Shard], dtype: str) -> None:
+    """Write the shards and, if there is more than one, their index, as `save_pretrained` lays them out.
+
+    Raises:
+        ConversionError: a weight has a type that safetensors files do not have, or a file has become shorter.
+    """
+    with OpenFiles() as files:
         for shard in shards:
-            _write_safetensors(folder / shard.file_name, shard.weights, dtype, reader)
+            _write_safetensors(folder / shard.file_name, shard.weights, dtype, files)
     if len(shards) > 1:
         weights = [weight for shard in shards for weight in shard.weights]
         index = {
@@ -106,15 +96,17 @@ def write_shards(folder: Path, shards: Sequence[Shard], dtype: torch.dtype) -> N
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_safetensors(path: Path, weights: Sequence[Weight], dtype: torch.dtype, reader: BlockReader) -> None:
+def _write_safetensors(path: Path, weights: Sequence[Weight], dtype: str, files: OpenFiles) -> None:
     # Wider types first, so that every tensor starts at a multiple of its element size.
-    weights = sorted(weights, key=lambda weight: -output_dtype(weight, dtype).itemsize)
+    weights = sorted(weights, key=lambda weight: -ITEM_BYTES[output_dtype(weight, dtype)])
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts = []
     start = 0
     for weight in weights:
         stop = start + num_bytes(weight, dtype)
-        kind = TYPE_NAMES[output_dtype(weight, dtype)]
+        kind = SAFETENSORS_NAMES.get(output_dtype(weight, dtype))
+        if kind is None:
+            raise ConversionError(f"{weight.name}: {weight.dtype} is not a type of safetensors files.")
         header[weight.name] = {"dtype": kind, "shape": list(weight.shape), "data_offsets": [start, stop]}
         starts.append(start)
         start = stop
@@ -128,12 +120,23 @@ def _write_safetensors(path: Path, weights: Sequence[Weight], dtype: torch.dtype
 
         def write(item: tuple[Weight, int]) -> None:
             weight, start = item
-            position = first + start
-            for block in reader.blocks(weight):
-                content = as_bytes(block.values.to(output_dtype(weight, dtype))).numpy().data
-                position += _write_all(file.fileno(), content, position)
+            _write_weight(file.fileno(), first + start, weight, output_dtype(weight, dtype), files)
 
         on_all_cores(write, zip(weights, starts, strict=True))
+
+
+def _write_weight(descriptor: int, position: int, weight: Weight, dtype: str, files: OpenFiles) -> None:
+    if weight.dtype != dtype:
+        import numpy as np
+    # `copy_file_range` and `sendfile` copy pages one by one; through a buffer in the core's cache it takes less time.
+    buffer = memoryview(bytearray(min(BLOCK_BYTES, max(weight.num_bytes, 1))))
+    for extent in weight.extents:
+        for path, start, stop in blocks(extent):
+            content = buffer[: stop - start]
+            files.read(path, start, content)
+            if weight.dtype != dtype:
+                content = cast(np.frombuffer(content, np.uint8), weight.dtype, dtype).data
+            position += _write_all(descriptor, content, position)
 
 
 def _write_all(descriptor: int, content: memoryview, position: int) -> int:

@@ -8,17 +8,14 @@ parameters. `partition.py` tells how they are cut.
 import math
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from trainer.convert.errors import ConversionError
 from trainer.convert.partition import cut_group, cut_parameters, used_numel
-from trainer.convert.safe_load import safe_load
+from trainer.convert.safe_load import StoredTensor, read_count, safe_load
 from trainer.convert.swapped import SwappedGroups, noted_groups, read_swapped
-from trainer.convert.weights import Weight, zeros
+from trainer.convert.weights import Weight, whole, zeros
 
 RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(optim|model)_states\.pt")
 STAGE_1_2_MODEL_FILE = "mp_rank_00_model_states.pt"
@@ -27,7 +24,7 @@ STAGE_3_PARTITIONS = "fp32_flat_groups"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 State = dict[str, Any]
-Partitions = Sequence[Sequence[torch.Tensor]]
+Partitions = Sequence[Sequence[StoredTensor]]
 """The flat tensors of one kind (weights, or one of the moments): first by rank, then by group."""
 
 
@@ -96,7 +93,7 @@ def read_zero_training(folder: Path, *, world_size: int) -> tuple[list[Weight], 
     if num_updates == 0:  # every one was left out so far
         moments = {key: {name: zeros(name, place.shape) for name, place in shards.places.items()} for key in MOMENTS}
     else:
-        moments = {key: _gathered_places(shards.places, _moment_partitions(shards, key)) for key in MOMENTS}
+        moments = {key: _gathered(shards.places, _moment_partitions(shards, key)) for key in MOMENTS}
     return _weights(shards), Moments(moments, num_updates, _adam(shards.states[0]).get("param_groups", []))
 
 
@@ -119,7 +116,7 @@ def _open(folder: Path, world_size: int) -> Shards:
 
 
 def _weights(shards: Shards) -> list[Weight]:
-    found = _gathered_places(shards.places, shards.partitions) | shards.fixed
+    found = _gathered(shards.places, shards.partitions) | shards.fixed
     return _in_model_order(shards.model_files[0], shards.models[0], found)
 
 
@@ -226,22 +223,22 @@ def _frozen_parameters(files: Sequence[Path], models: Sequence[State]) -> dict[s
     """ZeRO-3: parameters that the optimizer does not own are cut like the others, but saved one by one."""
     found = {}
     for name, shape in (models[0]["frozen_param_shapes"] or {}).items():
-        slices = []
+        shares = []
         for rank, (path, model) in enumerate(zip(files, models, strict=True)):
-            share = model["frozen_param_fragments"][name].reshape(-1)
+            share = model["frozen_param_fragments"][name]
             used = used_numel(math.prod(shape), len(models), rank)
             if share.numel() < used:
                 raise ConversionError(
                     f"{path}: {name} has {share.numel()} elements where it needs {used}; copy it again."
                 )
-            slices.append(share[:used])
-        found[name] = _gathered(name, shape, slices)
+            shares.append(share.part(0, used))
+        found[name] = Weight(name, tuple(shape), share.dtype, tuple(shares))
     return found
 
 
 def _as_saved(module: State, names: Sequence[str]) -> dict[str, Weight]:
     """Tensors that the model states hold whole: buffers, and below ZeRO-3 frozen parameters too."""
-    return {name: _gathered(name, module[name].shape, [module[name].detach().reshape(-1)]) for name in names}
+    return {name: whole(name, module[name]) for name in names}
 
 
 def _in_model_order(path: Path, model: State, found: dict[str, Weight]) -> list[Weight]:
@@ -252,42 +249,36 @@ def _in_model_order(path: Path, model: State, found: dict[str, Weight]) -> list[
         stored = shared.get(name, name)
         if stored not in found:
             raise ConversionError(f"{path}: no shard holds {name}; this checkpoint is not complete, take another one.")
-        weights.append(found[stored]._replace(name=name))
+        weight = found[stored]._replace(name=name)
+        if (num_bytes := sum(stop - start for _, start, stop in weight.extents)) != weight.num_bytes:
+            raise ConversionError(f"{path}: {name} has {num_bytes} bytes where its shape needs {weight.num_bytes}.")
+        weights.append(weight)
     if left_over := set(found) - {weight.name for weight in weights}:
         raise ConversionError(f"{path}: does not list {sorted(left_over)[0]}; this is not the model of these shards.")
     return weights
 
 
-def _gathered_places(places: dict[str, Place], partitions: Partitions) -> dict[str, Weight]:
-    return {
-        name: _gathered(name, place.shape, [partitions[rank][group][i:j] for rank, group, i, j in place.slices])
-        for name, place in places.items()
-    }
+def _gathered(places: dict[str, Place], partitions: Partitions) -> dict[str, Weight]:
+    found = {}
+    for name, (shape, slices) in places.items():
+        extents = tuple(partitions[rank][group].part(start, stop) for rank, group, start, stop in slices)
+        dtype = partitions[slices[0].rank][slices[0].group].dtype if slices else "float32"
+        found[name] = Weight(name, shape, dtype, extents)
+    return found
 
 
-def _gathered(name: str, shape: Sequence[int], slices: list[torch.Tensor]) -> Weight:
-    dtype = slices[0].dtype if slices else torch.float32
-    return Weight(name, tuple(shape), dtype, partial(_gather, tuple(shape), dtype, slices), tuple(slices))
-
-
-def _gather(shape: tuple[int, ...], dtype: torch.dtype, slices: list[torch.Tensor]) -> torch.Tensor:
-    if len(slices) == 1:
-        return slices[0].view(shape)
-    return torch.cat(slices).view(shape) if slices else torch.empty(shape, dtype=dtype)
-
-
-def _partitions(path: Path, state: State, key: str) -> list[torch.Tensor]:
-    partitions = [part.detach() for part in state[key]]
+def _partitions(path: Path, state: State, key: str) -> list[StoredTensor]:
+    partitions: list[StoredTensor] = state[key]
     for part in partitions:
-        if part.dtype != torch.float32 or part.ndim != 1:
+        if part.dtype != "float32" or len(part.shape) != 1:
             raise ConversionError(
-                f"{path}: {key} holds a {part.ndim}-dimensional tensor of {part.dtype}; "
+                f"{path}: {key} holds a {len(part.shape)}-dimensional tensor of {part.dtype}; "
                 "only flat partitions with fp32 master weights can be converted."
             )
     return partitions
 
 
-def _moment_partitions(shards: Shards, key: str) -> list[list[torch.Tensor]]:
+def _moment_partitions(shards: Shards, key: str) -> list[list[StoredTensor]]:
     """The flat tensors of one moment: cut like the weights, except that the padding at their end may be saved too."""
     found = []
     for rank, (path, state, weights) in enumerate(
@@ -300,12 +291,12 @@ def _moment_partitions(shards: Shards, key: str) -> list[list[torch.Tensor]]:
             moment = entries.get(group, {}).get(key)
             if group in swapped:
                 moment = read_swapped(path.parent, rank, swapped[group], key)
-            if not isinstance(moment, torch.Tensor) or moment.ndim != 1 or moment.numel() < weight.numel():
+            if not isinstance(moment, StoredTensor) or len(moment.shape) != 1 or moment.numel() < weight.numel():
                 raise ConversionError(
                     f"{path}: group {group} has no {key} as long as its weights; only the state of AdamW can be "
                     "carried over."
                 )
-            own.append(moment.detach())
+            own.append(moment)
         found.append(own)
     return found
 
@@ -334,7 +325,7 @@ def _check_same_run(files: Sequence[Path], states: Sequence[State], world_size: 
 
 def _optimizer_step(state: State) -> int | None:
     """Updates that the wrapped Adam has made; None where its state has another form or tells none."""
-    steps = {int(entry["step"]) for entry in _adam_entries(state).values() if "step" in entry}
+    steps = {read_count(entry["step"]) for entry in _adam_entries(state).values() if "step" in entry}
     return max(steps) if steps else None
 
 
