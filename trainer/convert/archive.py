@@ -72,7 +72,7 @@ def _content_start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
     encoding = "utf-8" if info.flag_bits & UTF8_FLAG else "cp437"
     if signature != SIGNATURE or file.read(name_length) != info.orig_filename.encode(encoding):
         raise zipfile.BadZipFile(f"{info.filename} is not where the directory says")
-    return info.header_offset + LOCAL_HEADER.size + name_length + int(extra_length)
+    return int(info.header_offset + LOCAL_HEADER.size + name_length + extra_length)
 
 
 def _check_places(records: list[Record], file_bytes: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 MAX_DEPTH = 32
-MAX_ITEMS = 10_000_000
+MAX_ITEMS = 1_000_000
 KEY_TYPES = (str, int, bool, float, type(None))  # hashing a tuple that is nested deep enough would crash Python
 
 

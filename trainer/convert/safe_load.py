@@ -7,7 +7,7 @@ The format (torch/csrc/jit/serialization/, as of torch 2.13): a zip archive of m
 import math
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,6 +154,8 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> St
     if type(storage) is not Storage or not _are_counts(offset, *size, *stride):
         raise ValueError("a tensor that torch does not write")
     dtype = typed[0] if typed else storage.dtype
+    if dtype is None:
+        raise ValueError("a tensor without a type")
     item, (path, start, stop) = ITEM_BYTES[dtype], storage.extent
     numel = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if numel else offset - 1
@@ -210,7 +212,7 @@ STORAGES = {
     "torch.ShortStorage": "int16", "torch.CharStorage": "int8", "torch.ByteStorage": "uint8",
     "torch.BoolStorage": "bool", "torch.storage.UntypedStorage": None,
 }  # fmt: skip
-STAND_INS = {
+STAND_INS: dict[str, Callable[..., Any]] = {
     # Everything beyond tensors and plain containers that ZeRO-1, 2 and 3 save with DeepSpeed 0.19.8.
     "deepspeed.utils.tensor_fragment.fragment_address": FragmentAddress,
     "deepspeed.runtime.zero.config.ZeroStageEnum": Ignored,
@@ -219,7 +221,7 @@ STAND_INS = {
     # Python 3.11 up to 3.11.3 pickles an enum member as a call of it; nothing is looked up.
     "builtins.getattr": Ignored,
 }
-MAKERS = {
+MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor,

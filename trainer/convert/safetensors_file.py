@@ -38,9 +38,7 @@ def read_header(path: Path) -> dict[str, Entry]:
                 raise ValueError(f"a header of {length:,} bytes")
             header = json.loads(file.read(length))
         entries = {
-            name: _entry(path, 8 + length, described)
-            for name, described in header.items()
-            if name != "__metadata__"
+            name: _entry(path, 8 + length, described) for name, described in header.items() if name != "__metadata__"
         }
         found = dict(sorted(entries.items(), key=lambda item: item[1].extent))
         _check_places(found, 8 + length, path.stat().st_size)

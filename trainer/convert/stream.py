@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from trainer.convert.errors import ConversionError
 
-BLOCK_BYTES = 1 << 18  # what is read and what is compared with it stay within a core's cache
+BLOCK_BYTES = 1 << 19  # what is read and what is compared with it stay within a core's cache
 MAX_THREADS = 8  # beyond that disks and memory are the limit
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.convert.archive import ReadExtent, check_read
-from trainer.convert.dtypes import all_finite, cast
+from trainer.convert.dtypes import ITEM_BYTES, all_finite, cast
 from trainer.convert.errors import ConversionError
 from trainer.convert.safetensors_file import Entry, read_header
 from trainer.convert.stock import state_dict_shapes
@@ -122,8 +122,9 @@ def _compare(weight: Weight, entry: Entry, files: OpenFiles) -> list[ReadExtent]
     """What was read of the checkpoint for a weight that was found to be written as it should."""
     import numpy as np
 
-    source_buffer = np.empty(min(BLOCK_BYTES, weight.num_bytes), np.uint8)
-    written_buffer = np.empty(min(BLOCK_BYTES, weight.num_bytes), np.uint8)
+    size = min(BLOCK_BYTES, weight.num_bytes)
+    source_buffer = np.empty(size, np.uint8)
+    written_buffer = np.empty(size // ITEM_BYTES[weight.dtype] * ITEM_BYTES[entry.dtype], np.uint8)
     path, position, _ = entry.extent
     found = []
     for extent in weight.extents:
@@ -131,7 +132,7 @@ def _compare(weight: Weight, entry: Entry, files: OpenFiles) -> list[ReadExtent]
         for source_path, start, stop in blocks(extent):
             source = source_buffer[: stop - start]
             files.read(source_path, start, source.data)
-            crc = zlib.crc32(source, crc)
+            crc = zlib.crc32(source.data, crc)
             expected = cast(source, weight.dtype, entry.dtype)
             written = written_buffer[: len(expected)]
             files.read(path, position, written.data)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -176,7 +175,7 @@ def published_folder(out: Path) -> Iterator[Path]:
     """
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    unique = secrets.token_hex(4)
+    unique = os.urandom(4).hex()
     staging = out.with_name(f".{out.name}.{unique}.tmp")
     staging.mkdir()
     try:

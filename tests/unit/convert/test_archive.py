@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.convert.archive import ReadBlock, check_blocks, combine, file_crc32, plain_crc32, tensor_records
+from trainer.convert.archive import ReadExtent, check_read, combine, file_crc32, plain_crc32, tensor_records
 from trainer.convert.errors import ConversionError
 from trainer.convert.stream import Extent
 
@@ -21,8 +21,8 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
-def read_block(path: Path, start: int, stop: int) -> ReadBlock:
-    return ReadBlock(Extent(path, start, stop), zlib.crc32(path.read_bytes()[start:stop]))
+def read_extent(path: Path, start: int, stop: int) -> ReadExtent:
+    return ReadExtent(Extent(path, start, stop), zlib.crc32(path.read_bytes()[start:stop]))
 
 
 def flip(path: Path, position: int) -> None:
@@ -50,7 +50,7 @@ def test_crc_of_a_torch_file_follows_from_its_records(saved: Path) -> None:
     flip(saved, record.start + 5)
     assert file_crc32(saved) == whole  # vouched for, not read ...
     with pytest.raises(ConversionError, match=rf"states\.pt: the bytes of {record.name} do not have"):
-        check_blocks([read_block(saved, record.start + 400, record.stop)])  # ... until it is
+        check_read([read_extent(saved, record.start + 400, record.stop)])  # ... until it is
     flip(saved, record.start - 1)
     assert file_crc32(saved) != whole
 
@@ -67,11 +67,11 @@ def test_a_file_cut_short_is_no_archive(saved: Path) -> None:
     assert file_crc32(saved) == zlib.crc32(saved.read_bytes())
 
 
-def test_blocks_in_any_order_with_gaps_and_repeats(saved: Path) -> None:
+def test_extents_in_any_order_with_gaps_and_repeats(saved: Path) -> None:
     record = max(tensor_records(saved), key=lambda record: record.stop - record.start)
     at = record.start
-    blocks = [read_block(saved, at + a, at + b) for a, b in [(2000, 3000), (0, 400), (300, 800), (2000, 3000)]]
-    check_blocks(blocks)
-    check_blocks([])
+    found = [read_extent(saved, at + a, at + b) for a, b in [(2000, 3000), (0, 400), (300, 800), (2000, 3000)]]
+    check_read(found)
+    check_read([])
     with pytest.raises(ConversionError, match="do not have the CRC-32"):
-        check_blocks([*blocks, blocks[0]._replace(crc32=1)])
+        check_read([*found, found[0]._replace(crc32=1)])
