@@ -11,7 +11,7 @@ ALLOWED = {
     "data": {"arguments"},
     "model": {"arguments"},
     "run": {"arguments", "data", "model", "convert"},  # convert reads a checkpoint by parameter, for other ranks
-    "convert": {"arguments"},
+    "convert": set(),
     "arguments": set(),
     "ending": set(),
     "errors": set(),

@@ -4,15 +4,23 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from trainer.arguments import RaisingParser
+from trainer.convert.errors import ConversionError
 from trainer.convert.hub import check_repository_name, push_to_hub
 from trainer.errors import UserError
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises its complaints. `trainer.arguments` has its like, but brings every flag of training, which takes time."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConversionError(message)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The command's parser; complaints are raised as `ArgumentsError`."""
-    parser = RaisingParser(
+    """The command's parser; complaints are raised as `ConversionError`."""
+    parser = _Parser(
         prog="trainer convert",
         description="Turn a run, or one of its checkpoints, into a folder that from_pretrained loads.",
         allow_abbrev=False,

@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from trainer.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FILE
 
 Settings = Mapping[str, Any]
@@ -151,6 +149,8 @@ def _shown(value: object) -> str:
 
 
 def _settings(path: Path) -> Settings:
+    import yaml
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
