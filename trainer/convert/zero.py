@@ -251,7 +251,10 @@ def _in_model_order(path: Path, model: State, found: dict[str, Weight]) -> list[
             raise ConversionError(f"{path}: no shard holds {name}; this checkpoint is not complete, take another one.")
         weight = found[stored]._replace(name=name)
         if (num_bytes := sum(stop - start for _, start, stop in weight.extents)) != weight.num_bytes:
-            raise ConversionError(f"{path}: {name} has {num_bytes} bytes where its shape needs {weight.num_bytes}.")
+            raise ConversionError(
+                f"{path}: {name} has {num_bytes} bytes where its shape needs {weight.num_bytes}; "
+                "copy the shards of one save only."
+            )
         weights.append(weight)
     if left_over := set(found) - {weight.name for weight in weights}:
         raise ConversionError(f"{path}: does not list {sorted(left_over)[0]}; this is not the model of these shards.")

@@ -153,6 +153,18 @@ def test_frozen_parameters_left_out_of_the_save(zero_run: CopyRun) -> None:
         read_zero(folder, world_size=2)
 
 
+def test_shares_of_two_types(zero_run: CopyRun) -> None:
+    folder = shards(zero_run("zero3-bf16-subgroups-frozen-tied"))
+
+    def widen(state: dict[str, Any]) -> None:
+        shares = state["frozen_param_fragments"]
+        shares.update({name: share.float() for name, share in shares.items()})
+
+    rewrite(folder / "bf16_zero_pp_rank_1_mp_rank_00_model_states.pt", widen)
+    with pytest.raises(ConversionError, match=r"has \d+ bytes where its shape needs \d+"):
+        read_zero(folder, world_size=2)
+
+
 @pytest.mark.parametrize(
     ("name", "file"),
     [("zero2", "mp_rank_00_model_states.pt"), ("zero3", "zero_pp_rank_0_mp_rank_00_model_states.pt")],
