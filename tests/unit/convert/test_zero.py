@@ -160,7 +160,7 @@ def test_shares_of_two_types(zero_run: CopyRun) -> None:
         shares = state["frozen_param_fragments"]
         shares.update({name: share.float() for name, share in shares.items()})
 
-    rewrite(folder / "bf16_zero_pp_rank_1_mp_rank_00_model_states.pt", widen)
+    rewrite(folder / "zero_pp_rank_1_mp_rank_00_model_states.pt", widen)
     with pytest.raises(ConversionError, match=r"has \d+ bytes where its shape needs \d+"):
         read_zero(folder, world_size=2)
 
