@@ -24,6 +24,7 @@ Pre-train wav2vec 2.0 models on unlabelled speech.
 commands:
   pretrain   train a model, alone or on many ranks (trainer pretrain --help)
   convert    turn a run or a checkpoint into a save_pretrained folder (trainer convert --help)
+  plan       show what fits on a GPU of a given memory, and the command to run it (trainer plan --help)
   doctor     check the installation: versions, GPUs, and that DeepSpeed gets gradients right
 
 exit codes: 0 done, 2 wrong input, 3 the run went bad, 4 stopped on request with a checkpoint saved, 1 anything else
@@ -39,7 +40,12 @@ def main(command_line: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return EXIT_DONE if words else EXIT_USER_ERROR
-    commands: dict[str, Callable[[list[str]], int]] = {"pretrain": _pretrain, "convert": _convert, "doctor": _doctor}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "pretrain": _pretrain,
+        "convert": _convert,
+        "plan": _plan,
+        "doctor": _doctor,
+    }
     if words[0] not in commands:
         return _complain(f"unknown command {words[0]!r}; there are {', '.join(commands)}.", EXIT_USER_ERROR)
     try:
@@ -110,6 +116,12 @@ def _convert(words: list[str]) -> int:
     from trainer.convert.arguments import main as convert_main
 
     return convert_main(words)
+
+
+def _plan(words: list[str]) -> int:
+    from trainer.plan import main as plan_main
+
+    return plan_main(words)
 
 
 def _doctor(words: list[str]) -> int:

@@ -1,0 +1,53 @@
+"""The memory of each configuration as a table for a terminal, about 110 columns wide."""
+
+from collections.abc import Sequence
+
+from trainer.memory.fit import Need, usable_bytes
+
+
+def gib(num_bytes: float) -> str:
+    """For a person: `4.2`, in GiB."""
+    return f"{num_bytes / 2**30:.1f}"
+
+
+def table(needs: Sequence[Need], *, card_bytes: int, batch_seconds: float, num_ranks: int) -> list[str]:
+    """A line for each, GiB per card (host: of the machine), under headings.
+
+    `fits` is about micro-batches of `batch_seconds`, the longest one about the card.
+    """
+    rows = [
+        ("", "gradient", "", "gradi-", "opti-", "front", "", "loss", "", "", "", "longest", "host"),
+        ("configuration", "ckpt.", "weights", "ents", "mizer", "end", "encoder", "head", "buffers", "sum", "fits",
+         "batch", "memory"),
+    ]  # fmt: skip
+    for need in needs:
+        states, activations = need.states, need.activations
+        numbers = (
+            states.parameters, states.gradients, states.optimizer, activations.front_end, activations.encoder,
+            activations.loss_head, states.communication, need.card_bytes,
+        )  # fmt: skip
+        rows.append(
+            (
+                need.configuration,
+                "yes" if need.gradient_checkpointing else "no",
+                *(gib(number) for number in numbers),
+                "yes" if fits(need, card_bytes) else "NO",
+                f"{int(need.largest_seconds):,} s" if need.largest_seconds else "none",
+                gib(states.host * num_ranks),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Names to the left, numbers to the right."""
+    return [
+        text.ljust(width) if column < 2 else text.rjust(width)
+        for column, (text, width) in enumerate(zip(row, widths, strict=True))
+    ]
+
+
+def fits(need: Need, card_bytes: int) -> bool:
+    """Whether the micro-batch that was asked for leaves what has to stay free."""
+    return need.card_bytes <= usable_bytes(card_bytes)
