@@ -49,10 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's parser; complaints are raised as `ArgumentsError`."""
     parser = RaisingParser(
         prog="trainer plan", allow_abbrev=False,
-        description="Show for each configuration what a card has to hold in bf16, what fits, and the command to run it. "
-        "Needs no GPU: activations are counted by running the model on tensors without contents.",
-        epilog="Memory is written 24GB (24 x 10^9 bytes), 24GiB (24 x 2^30), 24000MB or in bytes. A card sold as 24 GB "
-        "has up to 24 GiB, of which about 23.6 can be used; 24GB is the careful way to write it.",
+        description="Show for each configuration what a card has to hold in bf16, what fits, and the command to run "
+        "it. Needs no GPU: activations are counted by running the model on tensors without contents.",
+        epilog="Memory is written 24GB (24 x 10^9 bytes), 24GiB (24 x 2^30), 24000MB or in bytes. A card sold as 24 "
+        "GB has up to 24 GiB, of which about 23.6 can be used; 24GB is the careful way to write it.",
     )  # fmt: skip
     parser.add_argument(
         "--model", required=True, help="What --model_name_or_path of `trainer pretrain` takes: a shipped size, a "

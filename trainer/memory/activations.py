@@ -29,8 +29,7 @@ from trainer.model.sizes import ModelConfig
 
 PARTS = ("front end", "encoder", "loss head")
 
-# Share of the frames of an utterance that spans of `length` frames mask, p = mask_time_prob / length starting at each:
-# 1 - (1 - p)^length, 0.49 for the paper's values. The longest row of a batch counts, some five frames in a hundred more.
+# A batch has room for the row with the most masked frames, which has a little more of them than is expected of a row.
 _LONGEST_ROW = 1.05
 
 
@@ -101,7 +100,8 @@ def _fake_model(workload: Workload) -> PretrainingModel:
     for parameter in model.parameters():
         if parameter.requires_grad:  # they are handed on as soon as they exist, and counted elsewhere
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    return model.train()
+    model.train()
+    return model
 
 
 def _drop_gradient(parameter: Tensor) -> None:
@@ -136,6 +136,7 @@ def _batch(workload: Workload, num_utterances: int) -> dict[str, Any]:
     num_samples = round(workload.utterance_seconds * SAMPLE_RATE)
     geometry = FrameGeometry(tuple(config.conv_kernel), tuple(config.conv_stride))
     num_frames = geometry.num_frames(num_samples)
+    # spans of `length` frames, p starting at each frame, leave a frame alone with (1 - p)^length
     share = 1 - (1 - config.mask_time_prob / config.mask_time_length) ** config.mask_time_length
     num_targets = max(2, min(num_frames, round(num_frames * share * _LONGEST_ROW)))
     return {

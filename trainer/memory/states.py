@@ -174,7 +174,7 @@ def _device(zero: dict[str, Any], section: str) -> str:
 
 
 def _number(zero: dict[str, Any], key: str, hidden_size: int) -> int:
-    """The file's value, accelerate's where it says "auto" (accelerate/accelerator.py), otherwise DeepSpeed's default."""
+    """The file's value; accelerate's where it says "auto" (accelerate/accelerator.py); else DeepSpeed's default."""
     value = zero.get(key, _DEFAULTS[key])
     if value != "auto":
         return int(value)

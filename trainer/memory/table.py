@@ -15,7 +15,7 @@ def table(needs: Sequence[Need], *, card_bytes: int, batch_seconds: float, num_r
 
     `fits` is about micro-batches of `batch_seconds`, the longest one about the card.
     """
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("", "gradient", "", "gradi-", "opti-", "front", "", "loss", "", "", "", "longest", "host"),
         ("configuration", "ckpt.", "weights", "ents", "mizer", "end", "encoder", "head", "buffers", "sum", "fits",
          "batch", "memory"),
