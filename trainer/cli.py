@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from trainer.ending import end_at_once, leave
-from trainer.errors import CannotWrite, RunWentBad, UserError
+from trainer.errors import CannotWrite, OutOfMemory, RunWentBad, UserError
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -52,7 +52,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
         return commands[words[0]](words[1:])
     except UserError as error:
         code = _complain(str(error), EXIT_USER_ERROR)
-    except RunWentBad as error:
+    except (RunWentBad, OutOfMemory) as error:
         code = _complain(str(error), EXIT_WENT_BAD)
     except CannotWrite as error:
         code = _complain(str(error), EXIT_FAILED, shared=True)

@@ -172,7 +172,7 @@ def as_text(request: Request, found: "Sequence[Need]") -> str:
         f"Micro-batches of {request.batch_seconds:g} s per card, in utterances of {request.utterance_seconds:g} s. "
         "GiB per card; host memory is the machine's.",
         "",
-        *table(found, card_bytes=request.gpu_memory, batch_seconds=request.batch_seconds, num_ranks=request.num_gpus),
+        *table(found, card_bytes=request.gpu_memory, num_ranks=request.num_gpus),
         "",
     ]
     choice, seconds = recommend(request, found)

@@ -10,10 +10,10 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.1f}"
 
 
-def table(needs: Sequence[Need], *, card_bytes: int, batch_seconds: float, num_ranks: int) -> list[str]:
-    """A line for each, GiB per card (host: of the machine), under headings.
+def table(needs: Sequence[Need], *, card_bytes: int | None, num_ranks: int) -> list[str]:
+    """A line for each under headings, in GiB per card (host: of the machine).
 
-    `fits` is about micro-batches of `batch_seconds`, the longest one about the card.
+    `card_bytes` None: of unknown size, so nothing is said about what fits.
     """
     rows: list[tuple[str, ...]] = [
         ("", "gradient", "", "gradi-", "opti-", "front", "", "loss", "", "", "", "longest", "host"),
@@ -31,13 +31,17 @@ def table(needs: Sequence[Need], *, card_bytes: int, batch_seconds: float, num_r
                 need.configuration,
                 "yes" if need.gradient_checkpointing else "no",
                 *(gib(number) for number in numbers),
-                "yes" if fits(need, card_bytes) else "NO",
-                f"{int(need.largest_seconds):,} s" if need.largest_seconds else "none",
+                *(("?", "?") if card_bytes is None else _verdict(need, card_bytes)),
                 gib(states.host * num_ranks),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+
+
+def _verdict(need: Need, card_bytes: int) -> tuple[str, str]:
+    longest = f"{int(need.largest_seconds):,} s" if need.largest_seconds else "none"
+    return "yes" if fits(need, card_bytes) else "NO", longest
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
