@@ -172,15 +172,14 @@ def as_text(request: Request, found: "Sequence[Need]") -> str:
         f"Micro-batches of {request.batch_seconds:g} s per card, in utterances of {request.utterance_seconds:g} s. "
         "GiB per card; host memory is the machine's.",
         "",
-        *table(found, card_bytes=request.gpu_memory, num_ranks=request.num_gpus),
+        *table(found, card_bytes=request.gpu_memory, num_ranks=request.num_gpus, host_bytes=request.cpu_memory),
         "",
     ]
     choice, seconds = recommend(request, found)
     if choice is None:
-        least = min(need.card_bytes for need in found)
         lines.append(
-            f"Nothing fits: the least is {gib(least)} GiB. Try more cards (--num_gpus), shorter utterances "
-            "(--max_duration_in_seconds) or a smaller model."
+            "Nothing fits, not even one utterance. Try more cards (--num_gpus), shorter utterances "
+            "(--max_duration_in_seconds), a host with more memory, or a smaller model."
         )
         return "\n".join(lines)
     if seconds < request.batch_seconds:
@@ -194,7 +193,7 @@ def as_text(request: Request, found: "Sequence[Need]") -> str:
 def as_json(request: Request, found: "Sequence[Need]") -> str:
     """Everything the table shows, in bytes and seconds."""
     from trainer.memory.fit import usable_bytes
-    from trainer.memory.table import fits
+    from trainer.memory.table import fits, host_fits
 
     choice, seconds = recommend(request, found)
     values = dataclasses.asdict(request)
@@ -203,7 +202,7 @@ def as_json(request: Request, found: "Sequence[Need]") -> str:
         {
             "configuration": need.configuration,
             "gradient_checkpointing": need.gradient_checkpointing,
-            "fits": fits(need, request.gpu_memory) and _host_fits(request, need),
+            "fits": fits(need, request.gpu_memory) and host_fits(need, request.num_gpus, request.cpu_memory),
             "card_bytes": need.card_bytes,
             "parameters_bytes": need.states.parameters,
             "gradients_bytes": need.states.gradients,
@@ -229,10 +228,14 @@ def as_json(request: Request, found: "Sequence[Need]") -> str:
 
 def recommend(request: Request, found: "Sequence[Need]") -> "tuple[Need | None, float]":
     """The cheapest that fits with its seconds; where none takes so many, the one that takes most."""
-    from trainer.memory.table import fits
+    from trainer.memory.table import fits, host_fits
 
-    known = {(need.configuration, need.gradient_checkpointing): need for need in found}
-    in_order = [known[key] for key in _BY_COST if key in known and _host_fits(request, known[key])]
+    known = {
+        (need.configuration, need.gradient_checkpointing): need
+        for need in found
+        if host_fits(need, request.num_gpus, request.cpu_memory)
+    }
+    in_order = [known[key] for key in _BY_COST if key in known]
     for need in in_order:
         if fits(need, request.gpu_memory):
             return need, request.batch_seconds
@@ -240,10 +243,6 @@ def recommend(request: Request, found: "Sequence[Need]") -> "tuple[Need | None, 
     if most is None or most.largest_seconds == 0:
         return None, 0.0
     return most, float(int(most.largest_seconds))
-
-
-def _host_fits(request: Request, need: "Need") -> bool:
-    return request.cpu_memory is None or need.states.host * request.num_gpus <= request.cpu_memory
 
 
 def command(request: Request, need: "Need", batch_seconds: float) -> str:

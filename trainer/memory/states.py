@@ -99,11 +99,13 @@ def _stage_1_and_2(
             only_in_step=_FP32 * share if accumulated != _FP32 else 0,
             host=_host(model, 0),
         )
-    # gradients of the window in the weights' type, their fp32 copy for the step, updated weights on their way back
-    offloaded = (_STATES + _FP32 + width + width) * share
+    # A window's gradients add up on the card where their type is not the weights' (fp32 beside bf16); otherwise on the
+    # host. Beside AdamW's states the host holds their fp32 copy for the step and the updated weights on their way back.
+    on_card = accumulated != width
+    offloaded = (_STATES + _FP32 + width + (0 if on_card else width)) * share
     return StateBytes(
         parameters=parameters,
-        gradients=0,
+        gradients=kept if on_card else 0,
         optimizer=0,
         communication=communication + width * model.largest,
         only_in_step=0,

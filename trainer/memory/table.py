@@ -10,10 +10,10 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.1f}"
 
 
-def table(needs: Sequence[Need], *, card_bytes: int | None, num_ranks: int) -> list[str]:
+def table(needs: Sequence[Need], *, card_bytes: int | None, num_ranks: int, host_bytes: int | None = None) -> list[str]:
     """A line for each under headings, in GiB per card (host: of the machine).
 
-    `card_bytes` None: of unknown size, so nothing is said about what fits.
+    `card_bytes` None: of unknown size, so nothing is said about what fits. `host_bytes` None: the host will do.
     """
     rows: list[tuple[str, ...]] = [
         ("", "gradient", "", "gradi-", "opti-", "front", "", "loss", "", "", "", "longest", "host"),
@@ -31,7 +31,7 @@ def table(needs: Sequence[Need], *, card_bytes: int | None, num_ranks: int) -> l
                 need.configuration,
                 "yes" if need.gradient_checkpointing else "no",
                 *(gib(number) for number in numbers),
-                *(("?", "?") if card_bytes is None else _verdict(need, card_bytes)),
+                *(("?", "?") if card_bytes is None else _verdict(need, card_bytes, num_ranks, host_bytes)),
                 gib(states.host * num_ranks),
             )
         )
@@ -39,9 +39,9 @@ def table(needs: Sequence[Need], *, card_bytes: int | None, num_ranks: int) -> l
     return ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
 
 
-def _verdict(need: Need, card_bytes: int) -> tuple[str, str]:
+def _verdict(need: Need, card_bytes: int, num_ranks: int, host_bytes: int | None) -> tuple[str, str]:
     longest = f"{int(need.largest_seconds):,} s" if need.largest_seconds else "none"
-    return "yes" if fits(need, card_bytes) else "NO", longest
+    return "yes" if fits(need, card_bytes) and host_fits(need, num_ranks, host_bytes) else "NO", longest
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
@@ -55,3 +55,8 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
 def fits(need: Need, card_bytes: int) -> bool:
     """Whether the micro-batch that was asked for leaves what has to stay free."""
     return need.card_bytes <= usable_bytes(card_bytes)
+
+
+def host_fits(need: Need, num_ranks: int, host_bytes: int | None) -> bool:
+    """Whether the machine has the memory that its ranks take, where it is known."""
+    return host_bytes is None or need.states.host * num_ranks <= host_bytes
