@@ -32,7 +32,9 @@ def _workload(config: ModelConfig, seconds: float = 2.0, **changes: Any) -> Work
 def _micro_batch(workload: Workload, num_utterances: int) -> Callable[[], None]:
     """Forward and backward of a real batch, after once that does not count; gradients go as soon as they exist."""
     config = workload.config
-    model = build_model(config, seed=0).to(torch.bfloat16 if workload.bf16 else torch.float32).train()
+    model = build_model(config, seed=0).train()
+    if workload.bf16:
+        model.bfloat16()
     if workload.gradient_checkpointing:
         model.checkpoint_activations()
     for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
