@@ -101,6 +101,8 @@ def _fake_model(workload: Workload) -> PretrainingModel:
         if parameter.requires_grad:  # they are handed on as soon as they exist, and counted elsewhere
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
     model.train()
+    # asked for LayerDrop alone, which is ours: transformers' own branches on a random number, and there are no numbers
+    model.backbone.encoder.training = False
     return model
 
 
@@ -109,7 +111,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def _count(workload: Workload, model: PretrainingModel, num_utterances: int) -> Activations:
-    counter = _Counter()
+    counter = _Counter(_storages([*model.parameters(), *model.buffers()]))
     cast = torch.autocast("cpu", torch.bfloat16, enabled=workload.bf16 and not workload.casts_model)
     kernels = _AsOnCuda() if workload.cuda else contextlib.nullcontext()
     with _labels(model, counter), counter, kernels:
@@ -149,23 +151,25 @@ def _batch(workload: Workload, num_utterances: int) -> dict[str, Any]:
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the storages that operations make, each from its birth to its end, under the label of the moment."""
+    """Adds up the storages that operations make, each from its birth to its end, under the label of the moment.
 
-    def __init__(self) -> None:
+    Those of `weights` count nothing, nor do views of them.
+    """
+
+    def __init__(self, weights: list[torch.UntypedStorage]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.part = PARTS[0]
         self.live = dict.fromkeys(PARTS, 0)
         self.at_peak = dict(self.live)
         # by address, which is unique as long as the storage lives; the reference calls back when it is freed
         self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        for storage in weights:
+            self._watch(storage, num_bytes=0)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        for storage in _storages((args, kwargs)):
-            self._watch(storage, num_bytes=0)  # not made by an operation in the block: a weight
-        result = func(*args, **kwargs)
+        result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
             self._watch(storage, num_bytes=storage.nbytes())
         return result

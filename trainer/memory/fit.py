@@ -9,9 +9,10 @@ from trainer.memory.activations import Activations, Workload, count_activations,
 from trainer.memory.states import ModelNumbers, StateBytes, deepspeed_states, plain_states
 
 # Utterances per micro-batch that are counted. The peak is the largest, over the moments of forward and backward, of
-# something that grows linearly with the number of utterances (of one length): a convex function of it. Between counted
-# sizes a straight line is therefore never below it; beyond the last one moment is the largest for good.
-_COUNTED = (1, 8, 64)
+# something that grows linearly with the number of utterances (of one length): a convex function of it. Between the two
+# a straight line is therefore never below it. It is above where two moments compete, which was seen for plain PyTorch
+# with checkpointing, where autocast's copies of the weights weigh more than one utterance, and for nothing else.
+_COUNTED = (1, 32)
 
 # Left free on a card: CUDA's context, cuBLAS, cuDNN and NCCL, which the framework's allocator does not see, and what
 # fragmentation leaves unused between tensors whose sizes change from batch to batch.
