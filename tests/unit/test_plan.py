@@ -136,7 +136,7 @@ def _need(name: str, checkpointing: bool, largest: float, host: int = 0) -> Need
     from trainer.memory.states import StateBytes
 
     card = usable_bytes(4 * 10**9) - round(largest * 1e6) + 75 * 10**6
-    states = StateBytes(card, 0, 0, 0, 0, host)
+    states = StateBytes(card, 0, 0, 0, 0, offloaded=0, host=host)
     return Need(name, checkpointing, states, Activations(0, 0, 0), largest)
 
 

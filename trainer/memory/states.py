@@ -50,7 +50,10 @@ class StateBytes:
     communication: int
     only_in_step: int
     """What the optimizer's step needs besides, when there are no activations."""
+    offloaded: int
+    """What takes its place on the host."""
     host: int
+    """All that a rank takes there, offloaded states and start-up included."""
     disk: int = 0
 
     @property
@@ -66,6 +69,7 @@ def plain_states(model: ModelNumbers, num_ranks: int) -> StateBytes:
         optimizer=2 * _FP32 * model.trained,
         communication=_FP32 * model.trained if num_ranks > 1 else 0,
         only_in_step=0,
+        offloaded=0,
         host=_host(model, 0),
     )
 
@@ -87,7 +91,8 @@ def _stage_1_and_2(
     share = -(-model.trained // num_ranks)  # rounded up, as partitions are
     bucket = _number(zero, "reduce_bucket_size", model.hidden_size)
     # one more of it is flattened while a bucket is reduced, and a tensor's slice becomes fp32
-    communication = width * bucket * (3 if zero.get("overlap_comm") else 2) + _FP32 * model.largest
+    communication = width * (bucket * (2 if zero.get("overlap_comm") else 1) + min(bucket, model.trained))
+    communication += _FP32 * model.largest
     parameters = width * model.all
     kept = accumulated * (share if zero["stage"] == 2 else model.trained)
     if _device(zero, "offload_optimizer") == "none":
@@ -97,6 +102,7 @@ def _stage_1_and_2(
             optimizer=_STATES * share,
             communication=communication,
             only_in_step=_FP32 * share if accumulated != _FP32 else 0,
+            offloaded=0,
             host=_host(model, 0),
         )
     # A window's gradients add up on the card where their type is not the weights' (fp32 beside bf16); otherwise on the
@@ -109,6 +115,7 @@ def _stage_1_and_2(
         optimizer=0,
         communication=communication + width * model.largest,
         only_in_step=0,
+        offloaded=offloaded,
         host=_host(model, offloaded),
     )
 
@@ -131,6 +138,7 @@ def _stage_3(model: ModelNumbers, num_ranks: int, zero: dict[str, Any], width: i
             optimizer=_STATES * share,
             communication=communication,
             only_in_step=_FP32 * sub_group,
+            offloaded=host,
             host=_host(model, host),
         )
     host += accumulated * share
@@ -145,6 +153,7 @@ def _stage_3(model: ModelNumbers, num_ranks: int, zero: dict[str, Any], width: i
         optimizer=0,
         communication=communication,
         only_in_step=0,
+        offloaded=host,
         host=_host(model, host),
         disk=disk,
     )
