@@ -23,6 +23,7 @@ _UTTERANCE_SECONDS = 20.0
 _LEAST_BYTES = 10**8
 
 PLAIN = "plain"
+_COMMAND_COLUMNS = 100
 # From the one that costs least time to the one that costs most: recomputing takes a third of an update more, gathering
 # weights half as much traffic again, and offloading a trip over PCIe for gradients and weights and a step on the CPU.
 _BY_COST = tuple(
@@ -186,8 +187,20 @@ def as_text(request: Request, found: "Sequence[Need]") -> str:
         lines.append(f"Micro-batches of {request.batch_seconds:g} s do not fit; of {seconds:g} s they do:")
     with_or_without = "with" if choice.gradient_checkpointing else "without"
     lines.append(f"Recommended: {choice.configuration} {with_or_without} gradient checkpointing")
-    lines.append(f"  {command(request, choice, seconds)}")
+    lines += _wrapped(command(request, choice, seconds))
     return "\n".join(lines)
+
+
+def _wrapped(text: str) -> list[str]:
+    """A command over several lines that can be pasted into a shell; a flag stays with its value."""
+    first, *flags = re.split(r" (?=--)", text)
+    lines = [first]
+    for flag in flags:
+        if len(lines[-1]) + len(flag) < _COMMAND_COLUMNS:
+            lines[-1] += f" {flag}"
+        else:
+            lines.append(f"    {flag}")
+    return [f"  {line} \\" for line in lines[:-1]] + [f"  {lines[-1]}"]
 
 
 def as_json(request: Request, found: "Sequence[Need]") -> str:

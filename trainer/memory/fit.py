@@ -95,5 +95,5 @@ def needs(
 
 def _states(model: ModelNumbers, num_ranks: int, ds_config: dict[str, Any] | None, *, bf16: bool) -> StateBytes:
     if ds_config is None:
-        return plain_states(model, num_ranks)
+        return plain_states(model)
     return deepspeed_states(model, num_ranks, ds_config, bf16=bf16)

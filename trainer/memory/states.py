@@ -61,13 +61,13 @@ class StateBytes:
         return self.parameters + self.gradients + self.optimizer + self.communication
 
 
-def plain_states(model: ModelNumbers, num_ranks: int) -> StateBytes:
-    """PyTorch without DeepSpeed: fp32 weights everywhere (bf16 is autocast); several ranks have reduction buckets."""
+def plain_states(model: ModelNumbers) -> StateBytes:
+    """DistributedDataParallel, of one rank too: fp32 weights (bf16 is autocast), and buckets as large as gradients."""
     return StateBytes(
         parameters=_FP32 * model.all,
         gradients=_FP32 * model.trained,
         optimizer=2 * _FP32 * model.trained,
-        communication=_FP32 * model.trained if num_ranks > 1 else 0,
+        communication=_FP32 * model.trained,
         only_in_step=0,
         offloaded=0,
         host=_host(model, 0),

@@ -6,8 +6,9 @@ from trainer.memory.fit import Need, usable_bytes
 
 
 def gib(num_bytes: float) -> str:
-    """For a person: `4.2`, in GiB."""
-    return f"{num_bytes / 2**30:.1f}"
+    """For a person: `4.2`, in GiB, and `0.04` where it is little."""
+    number = num_bytes / 2**30
+    return f"{number:.1f}" if number >= 0.095 or number == 0 else f"{number:.2f}"
 
 
 def table(needs: Sequence[Need], *, card_bytes: int | None, num_ranks: int, host_bytes: int | None = None) -> list[str]:
