@@ -166,7 +166,8 @@ def _need(case: Case, config: ModelConfig, ds_config: dict[str, Any] | None, *, 
 
 def run(name: str) -> dict[str, Any]:
     """`measure` in a process of its own. Raises `RuntimeError` with the end of what it wrote."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, __file__, name]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
