@@ -5,11 +5,13 @@ import dataclasses
 import difflib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.arguments import ArgumentsError, RaisingParser, read_recipe, shipped_recipes
+from trainer.arguments import FIELDS, ArgumentsError, RaisingParser, read_recipe, shipped_recipes
 
 if TYPE_CHECKING:
     from trainer.memory.fit import Need
@@ -260,13 +262,23 @@ def recommend(request: Request, found: "Sequence[Need]") -> "tuple[Need | None, 
 
 def command(request: Request, need: "Need", batch_seconds: float) -> str:
     """What to type, but for the data: flags win over the recipe, so all that the plan assumes is there."""
-    name = re.split(r"[/\\]", request.model.rstrip("/\\"))[-1]
+    path = Path(request.model)
+    name = (path.parent if path.suffix == ".json" else path).name or "model"
+    model = shlex.quote(request.model)
     if request.recipe:
-        flags = [f"--config {request.model}"]
+        flags = [f"--config {model}"]
     else:
-        flags = [f"--model_name_or_path {request.model}", "--per_device_train_batch_size 64"]
-    flags += ["--dataset_name DATA", f"--output_dir runs/{name}", f"--deepspeed {need.configuration}", "--bf16"]
+        flags = [f"--model_name_or_path {model}", "--per_device_train_batch_size 64"]
+    flags += [
+        "--dataset_name DATA",
+        f"--output_dir {shlex.quote(f'runs/{name}')}",
+        f"--deepspeed {need.configuration}",
+        "--bf16",
+    ]
     flags += [f"--max_duration_in_seconds {request.utterance_seconds:g}", f"--max_batch_seconds {batch_seconds:g}"]
+    least = request.recipe.get("min_duration_in_seconds", FIELDS["min_duration_in_seconds"].default)
+    if request.utterance_seconds < least:
+        flags.append(f"--min_duration_in_seconds {request.utterance_seconds:g}")
     if need.gradient_checkpointing or request.recipe.get("gradient_checkpointing"):
         flags.append(f"--gradient_checkpointing {str(need.gradient_checkpointing).lower()}")
     return " ".join([f"deepspeed --num_gpus {request.num_gpus} --module trainer pretrain", *flags])

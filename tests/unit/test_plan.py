@@ -120,6 +120,13 @@ def test_the_command_is_one_that_pretrain_takes(plan: dict[str, Any]) -> None:
     assert not arguments.gradient_checkpointing
 
 
+def test_a_path_in_the_command_is_one_word_for_the_shell() -> None:
+    request = dataclasses.replace(_resolve(), model="/my models/first one/config.json", recipe={})
+    arguments = parse_arguments(shlex.split(command(request, _need("zero2", False, 80), 75.0))[6:])
+    assert arguments.model_name_or_path == request.model and arguments.output_dir == "runs/first one"
+    assert arguments.min_duration_in_seconds == arguments.max_duration_in_seconds == 2.0  # its default is more
+
+
 def test_the_table_can_be_read_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *SMALL]) == 0
     lines = capsys.readouterr().out.splitlines()

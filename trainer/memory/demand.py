@@ -83,6 +83,11 @@ def demand_of(
     )
 
 
+def card_bytes_here() -> int | None:
+    """Memory of this process's card; None where there is none and runs use the CPU."""
+    return int(torch.cuda.get_device_properties().total_memory) if torch.cuda.is_available() else None
+
+
 def warning_where_too_much(demand: Demand, card_bytes: int) -> str | None:
     """What to tell before a run on cards of `card_bytes` that will not hold it; None where they will."""
     as_it_is, *others = demand.needs(card_bytes)
@@ -126,7 +131,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _explanation(demand: Demand, said: str) -> str:
     lines = [f"out of memory: {said}"]
-    card_bytes = torch.cuda.get_device_properties().total_memory if demand.workload.cuda else None
+    card_bytes = card_bytes_here()
     try:
         found = demand.needs(card_bytes or 0)
     except (MemoryError, RuntimeError):  # not even that

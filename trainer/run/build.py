@@ -15,7 +15,13 @@ from trainer.data.collate import MaskSettings
 from trainer.data.frames import FrameGeometry
 from trainer.errors import RunWentBad, UserError
 from trainer.layout import METRICS_FILE, SKIPPED_FILE
-from trainer.memory.demand import Demand, demand_of, explaining_out_of_memory, warning_where_too_much
+from trainer.memory.demand import (
+    Demand,
+    card_bytes_here,
+    demand_of,
+    explaining_out_of_memory,
+    warning_where_too_much,
+)
 from trainer.model.initial_weights import check_initial_weights, load_initial_weights
 from trainer.model.optim import build_optimizer
 from trainer.model.pretraining import PretrainingModel, build_model
@@ -83,7 +89,8 @@ def build(arguments: PretrainArguments) -> Run | None:
     _say(describe(corpus))
     if place is None:
         return None
-    demand = _demand(arguments, config, ds_config, corpus)
+    # the main process alone, for counting takes seconds; the others wait for it in the process group
+    demand = _demand(arguments, config, ds_config, corpus, card_bytes_here() if is_main_process() else None)
     create_run_folder(place.folder)
     place.lock = lock_run_folder(place.folder) if is_main_process() else None
     stop = StopRequest()
@@ -106,7 +113,8 @@ def build(arguments: PretrainArguments) -> Run | None:
         )
         engine.close()
         return None
-    totals = _restore(engine, place, arguments)
+    with explaining_out_of_memory(demand):
+        totals = _restore(engine, place, arguments)
     skipped = SkippedLog(place.folder / SKIPPED_FILE)
     if engine.is_main:
         skipped.add(corpus.skipped)
@@ -208,16 +216,18 @@ def _check_room(engine: Engine, place: _Place, arguments: PretrainArguments, max
 
 
 def _demand(
-    arguments: PretrainArguments, config: ModelConfig, ds_config: dict[str, Any] | None, corpus: Corpus
+    arguments: PretrainArguments,
+    config: ModelConfig,
+    ds_config: dict[str, Any] | None,
+    corpus: Corpus,
+    card_bytes: int | None,
 ) -> Demand:
-    """What the run takes of memory; warns where this machine's cards will not hold it."""
+    """What the run takes of memory; warns where a card of `card_bytes` (None: not asked) will not hold it."""
     batching = batching_of(arguments, corpus.train)
     cuda = torch.cuda.is_available()
     demand = demand_of(arguments, config, ds_config, batching, num_ranks=launched_ranks(), cuda=cuda)
-    if cuda and is_main_process():
-        warning = warning_where_too_much(demand, torch.cuda.get_device_properties(0).total_memory)
-        if warning is not None:
-            _say(warning)
+    if card_bytes is not None and (warning := warning_where_too_much(demand, card_bytes)):
+        _say(warning)
     return demand
 
 
