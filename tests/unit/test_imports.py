@@ -13,9 +13,6 @@ ALLOWED = {
     "memory": {"arguments", "data", "model"},
     # convert reads a checkpoint by parameter, for other ranks
     "run": {"arguments", "data", "model", "memory", "convert"},
-    "memory": {"arguments", "data", "model"},
-    # convert reads a checkpoint by parameter, for other ranks
-    "run": {"arguments", "data", "model", "memory", "convert"},
     "convert": set(),
     "arguments": set(),
     "ending": set(),
