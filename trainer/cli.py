@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from trainer.ending import end_at_once, leave
-from trainer.errors import CannotWrite, RunWentBad, UserError
+from trainer.errors import CannotWrite, OutOfMemory, RunWentBad, UserError
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -24,6 +24,7 @@ Pre-train wav2vec 2.0 models on unlabelled speech.
 commands:
   pretrain   train a model, alone or on many ranks (trainer pretrain --help)
   convert    turn a run or a checkpoint into a save_pretrained folder (trainer convert --help)
+  plan       show what fits on a GPU of a given memory, and the command to run it (trainer plan --help)
   doctor     check the installation: versions, GPUs, and that DeepSpeed gets gradients right
 
 exit codes: 0 done, 2 wrong input, 3 the run went bad, 4 stopped on request with a checkpoint saved, 1 anything else
@@ -39,14 +40,19 @@ def main(command_line: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return EXIT_DONE if words else EXIT_USER_ERROR
-    commands: dict[str, Callable[[list[str]], int]] = {"pretrain": _pretrain, "convert": _convert, "doctor": _doctor}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "pretrain": _pretrain,
+        "convert": _convert,
+        "plan": _plan,
+        "doctor": _doctor,
+    }
     if words[0] not in commands:
         return _complain(f"unknown command {words[0]!r}; there are {', '.join(commands)}.", EXIT_USER_ERROR)
     try:
         return commands[words[0]](words[1:])
     except UserError as error:
         code = _complain(str(error), EXIT_USER_ERROR)
-    except RunWentBad as error:
+    except (RunWentBad, OutOfMemory) as error:
         code = _complain(str(error), EXIT_WENT_BAD)
     except CannotWrite as error:
         code = _complain(str(error), EXIT_FAILED, shared=True)
@@ -110,6 +116,12 @@ def _convert(words: list[str]) -> int:
     from trainer.convert.arguments import main as convert_main
 
     return convert_main(words)
+
+
+def _plan(words: list[str]) -> int:
+    from trainer.plan import main as plan_main
+
+    return plan_main(words)
 
 
 def _doctor(words: list[str]) -> int:

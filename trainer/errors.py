@@ -15,3 +15,7 @@ class CannotWrite(Exception):
     Raised by all ranks together with the same message. The input is not wrong: the same command goes on once there is
     room.
     """
+
+
+class OutOfMemory(Exception):
+    """The card or the host has no memory left (exit code 3). One rank may raise it alone."""

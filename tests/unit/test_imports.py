@@ -10,13 +10,16 @@ PACKAGE = Path(__file__).parents[2] / "trainer"
 ALLOWED = {
     "data": {"arguments"},
     "model": {"arguments"},
-    "run": {"arguments", "data", "model", "convert"},  # convert reads a checkpoint by parameter, for other ranks
+    "memory": {"arguments", "data", "model"},
+    # convert reads a checkpoint by parameter, for other ranks
+    "run": {"arguments", "data", "model", "memory", "convert"},
     "convert": set(),
     "arguments": set(),
     "ending": set(),
     "errors": set(),
     "layout": set(),
     "doctor": {"arguments"},
+    "plan": {"arguments", "memory", "model", "run"},
 }
 HOME = {
     "accelerate": {"run/engine.py"},

@@ -15,6 +15,13 @@ from trainer.data.collate import MaskSettings
 from trainer.data.frames import FrameGeometry
 from trainer.errors import RunWentBad, UserError
 from trainer.layout import METRICS_FILE, SKIPPED_FILE
+from trainer.memory.demand import (
+    Demand,
+    card_bytes_here,
+    demand_of,
+    explaining_out_of_memory,
+    warning_where_too_much,
+)
 from trainer.model.initial_weights import check_initial_weights, load_initial_weights
 from trainer.model.optim import build_optimizer
 from trainer.model.pretraining import PretrainingModel, build_model
@@ -53,12 +60,17 @@ from trainer.run.trackers import check_tracker, start_tracker
 
 
 def pretrain(arguments: PretrainArguments) -> int:
-    """Train to `max_train_steps` or until asked to stop; returns the exit code. Raises `UserError`, `RunWentBad`."""
+    """Train to `max_train_steps` or until asked to stop; returns the exit code.
+
+    Raises:
+        UserError, RunWentBad, OutOfMemory: what their names say.
+    """
     run = build(arguments)
     if run is None:
         return EXIT_DONE
     try:
-        code = run.train()
+        with explaining_out_of_memory(run.demand):
+            code = run.train()
     except RunWentBad:  # all ranks find out at the same update, so all of them get here
         run.close()
         raise
@@ -77,11 +89,14 @@ def build(arguments: PretrainArguments) -> Run | None:
     _say(describe(corpus))
     if place is None:
         return None
+    # the main process alone, for counting takes seconds; the others wait for it in the process group
+    demand = _demand(arguments, config, ds_config, corpus, card_bytes_here() if is_main_process() else None)
     create_run_folder(place.folder)
     place.lock = lock_run_folder(place.folder) if is_main_process() else None
     stop = StopRequest()
     stop.install()
-    engine = _build_engine(arguments, config, ds_config, place)
+    with explaining_out_of_memory(demand):
+        engine = _build_engine(arguments, config, ds_config, place)
     if ds_config is not None:
         check_gradient_scale(engine, ds_config)
     if not engine.same_on_all_ranks(fingerprint(corpus)):
@@ -98,7 +113,8 @@ def build(arguments: PretrainArguments) -> Run | None:
         )
         engine.close()
         return None
-    totals = _restore(engine, place, arguments)
+    with explaining_out_of_memory(demand):
+        totals = _restore(engine, place, arguments)
     skipped = SkippedLog(place.folder / SKIPPED_FILE)
     if engine.is_main:
         skipped.add(corpus.skipped)
@@ -118,6 +134,7 @@ def build(arguments: PretrainArguments) -> Run | None:
         geometry=geometry,
         masks=MaskSettings(config.mask_time_prob, config.mask_time_length, config.num_negatives),
         corpus=corpus,
+        demand=demand,
         engine=engine,
         state=place.state,
         totals=totals,
@@ -196,6 +213,22 @@ def _check_room(engine: Engine, place: _Place, arguments: PretrainArguments, max
         raise UserError(problem)
     if warning := scarce_room(place.folder, needed, num_to_come):
         _say(warning)
+
+
+def _demand(
+    arguments: PretrainArguments,
+    config: ModelConfig,
+    ds_config: dict[str, Any] | None,
+    corpus: Corpus,
+    card_bytes: int | None,
+) -> Demand:
+    """What the run takes of memory; warns where a card of `card_bytes` (None: not asked) will not hold it."""
+    batching = batching_of(arguments, corpus.train)
+    cuda = torch.cuda.is_available()
+    demand = demand_of(arguments, config, ds_config, batching, num_ranks=launched_ranks(), cuda=cuda)
+    if card_bytes is not None and (warning := warning_where_too_much(demand, card_bytes)):
+        _say(warning)
+    return demand
 
 
 def _build_engine(

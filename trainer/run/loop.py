@@ -15,6 +15,7 @@ from trainer.data.collate import MaskSettings
 from trainer.data.frames import FrameGeometry
 from trainer.data.loader import Window
 from trainer.layout import METRICS_FILE, SKIPPED_FILE
+from trainer.memory.demand import Demand
 from trainer.model.schedules import gumbel_temperature, learning_rate
 from trainer.model.sizes import ModelConfig
 from trainer.run.checkpoint import TrainerState, save_checkpoint
@@ -43,6 +44,7 @@ class Run:
     geometry: FrameGeometry
     masks: MaskSettings
     corpus: Corpus
+    demand: Demand
     engine: Engine
     state: TrainerState
     totals: Totals

@@ -11,10 +11,11 @@ import torch
 from transformers import Wav2Vec2Config, Wav2Vec2ConformerConfig, Wav2Vec2ForPreTraining
 
 from trainer.arguments import PretrainArguments
+from trainer.data.audio import SAMPLE_RATE
 from trainer.data.index import AudioIndex
 from trainer.errors import UserError
 from trainer.model.sizes import SIZES
-from trainer.run.build import _build_model, _continue_state, _max_train_steps, _model_config
+from trainer.run.build import _build_model, _continue_state, _demand, _max_train_steps, _model_config
 from trainer.run.checkpoint import TrainerState
 from trainer.run.corpus import Corpus
 from trainer.run.run_folder import Split, check_same_frozen
@@ -93,3 +94,14 @@ def test_a_checkpoint_that_does_not_tell_its_micro_batches_had_this_split() -> N
     _continue_state(state, Split("plain", 1, None), _arguments(gradient_accumulation_steps=3))
     assert state.num_micro_batches == 60
     assert (state.engine, state.world_size, state.partitioning) == ("plain", 1, None)
+
+
+def test_a_run_that_its_card_will_not_hold_is_warned_with_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = _arguments(model_name_or_path="demo", per_device_train_batch_size=500, max_duration_in_seconds=4.0)
+    index = AudioIndex("", [], np.full(600, 3 * SAMPLE_RATE), np.arange(600))
+    corpus = Corpus(index, index, [], 0)
+    config = _model_config(arguments, None)
+    for card_bytes, warned in ((None, False), (80 * 10**9, False), (4 * 10**9, True)):
+        demand = _demand(arguments, config, None, corpus, card_bytes)
+        assert (demand.batch_seconds, demand.num_ranks) == (1500.0, 1)
+        assert ("lower --per_device_train_batch_size (500)" in capsys.readouterr().err) == warned
