@@ -13,6 +13,7 @@ from trainer.arguments import PretrainArguments
 from trainer.data.batching import epoch_batches
 from trainer.data.collate import MaskSettings
 from trainer.data.frames import FrameGeometry
+from trainer.data.workers import signals_blocked
 from trainer.errors import RunWentBad, UserError
 from trainer.layout import METRICS_FILE, SKIPPED_FILE
 from trainer.model.initial_weights import check_initial_weights, load_initial_weights
@@ -50,6 +51,7 @@ from trainer.run.self_check import check_gradient_scale
 from trainer.run.signals import StopRequest
 from trainer.run.storage import on_main_rank, scarce_room, too_little_room
 from trainer.run.trackers import check_tracker, start_tracker
+from trainer.run.watchdog import Watchdog
 
 
 def pretrain(arguments: PretrainArguments) -> int:
@@ -103,7 +105,8 @@ def build(arguments: PretrainArguments) -> Run | None:
     if engine.is_main:
         skipped.add(corpus.skipped)
     resumed = place.checkpoint is not None
-    start_tracker(engine, arguments.report_to, place.folder, dataclasses.asdict(arguments), resumed)
+    with signals_blocked():  # a tracker's own process is needed until the last line, as the loader's are
+        start_tracker(engine, arguments.report_to, place.folder, dataclasses.asdict(arguments), resumed)
     _check_room(engine, place, arguments, max_train_steps)
     _say(
         f"training {engine.num_parameters / 1e6:.1f} M parameters on {engine.world_size} rank(s) of "
@@ -124,6 +127,7 @@ def build(arguments: PretrainArguments) -> Run | None:
         progress=Progress(place.state.step, max_train_steps, visible=engine.is_main),
         skipped=skipped,
         stop=stop,
+        watchdog=Watchdog(engine.rank),
         max_train_steps=max_train_steps,
         lock=place.lock,
         interval_start=time.monotonic() - place.state.interval_seconds,
