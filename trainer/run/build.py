@@ -1,6 +1,7 @@
 """From flags to a run that is ready to train; whatever the user can get wrong is found before ranks meet."""
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from trainer.run.checkpoint import (
 from trainer.run.corpus import Corpus, SkippedLog, batching_of, describe, fingerprint, open_corpus
 from trainer.run.ds_config import ds_config_of, partitioning
 from trainer.run.engine import Engine, build_engine, check_zero_section, is_main_process, launched_ranks
+from trainer.run.launcher_settings import take_over_launcher_settings
 from trainer.run.loop import EXIT_DONE, Run
 from trainer.run.metrics import Totals, drop_lines_after
 from trainer.run.progress import Progress
@@ -340,6 +342,7 @@ def _model_config(arguments: PretrainArguments, checkpoint: Path | None) -> Mode
 def _ds_config(arguments: PretrainArguments) -> dict[str, Any] | None:
     config = ds_config_of(arguments, launched_ranks())
     if config is not None:
+        take_over_launcher_settings(os.environ, bf16=arguments.bf16)
         check_zero_section(config)
     return config
 
