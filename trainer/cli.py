@@ -24,7 +24,7 @@ Pre-train wav2vec 2.0 models on unlabelled speech.
 commands:
   pretrain   train a model, alone or on many ranks (trainer pretrain --help)
   convert    turn a run or a checkpoint into a save_pretrained folder (trainer convert --help)
-  doctor     check the installation: versions, GPUs, and that DeepSpeed gets gradients right
+  doctor     check the installation: versions, GPUs, disks, cluster, logins, gradients under DeepSpeed
 
 exit codes: 0 done, 2 wrong input, 3 the run went bad, 4 stopped on request with a checkpoint saved, 1 anything else
 """
@@ -113,7 +113,7 @@ def _convert(words: list[str]) -> int:
 
 
 def _doctor(words: list[str]) -> int:
-    from trainer.doctor import main as doctor_main
+    from trainer.doctor.command import main as doctor_main
 
     return doctor_main(words)
 

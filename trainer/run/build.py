@@ -53,7 +53,7 @@ from trainer.run.self_check import check_gradient_scale
 from trainer.run.signals import StopRequest
 from trainer.run.storage import on_main_rank, scarce_room, too_little_room
 from trainer.run.trackers import check_tracker, start_tracker
-from trainer.run.watchdog import Watchdog
+from trainer.run.watchdog import PATIENCE_SECONDS, Watchdog
 
 
 def pretrain(arguments: PretrainArguments) -> int:
@@ -85,6 +85,9 @@ def build(arguments: PretrainArguments) -> Run | None:
     place.lock = lock_run_folder(place.folder) if is_main_process() else None
     stop = StopRequest()
     stop.install()
+    watchdog = Watchdog(rank=int(os.environ.get("RANK", "0")))
+    watchdog.start()
+    watchdog.expect("the start", PATIENCE_SECONDS)
     engine = _build_engine(arguments, config, ds_config, place)
     if ds_config is not None:
         check_gradient_scale(engine, ds_config)
@@ -129,7 +132,7 @@ def build(arguments: PretrainArguments) -> Run | None:
         progress=Progress(place.state.step, max_train_steps, visible=engine.is_main),
         skipped=skipped,
         stop=stop,
-        watchdog=Watchdog(engine.rank),
+        watchdog=watchdog,
         max_train_steps=max_train_steps,
         lock=place.lock,
         interval_start=time.monotonic() - place.state.interval_seconds,

@@ -57,7 +57,6 @@ class Run:
 
     def train(self) -> int:
         """Train until the last update or a request to stop; returns the exit code."""
-        self.watchdog.start()
         if self.state.validation_due:
             self.validate()
         guard = Guard()

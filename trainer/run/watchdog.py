@@ -18,7 +18,7 @@ from trainer.run.engine import COLLECTIVE_TIMEOUT
 
 _Item = TypeVar("_Item")
 
-# For what takes long once: the first update, a save, the end.
+# For what takes long once: the start, the first update, a save, the end.
 PATIENCE_SECONDS = COLLECTIVE_TIMEOUT.total_seconds()
 _TICK_SECONDS = 1.0
 

@@ -21,7 +21,7 @@ from trainer.run.metrics import Totals, append_line, drop_lines_after, means
 from trainer.run.progress import Progress
 from trainer.run.signals import StopRequest
 from trainer.run.steps import dropped_layers, seed_micro_batch
-from trainer.run.trackers import _wandb_reachable, check_tracker
+from trainer.run.trackers import check_tracker, wandb_reachable
 
 
 def _terms(scale: float, count: float) -> LossTerms:
@@ -155,8 +155,8 @@ def test_wandb_is_offline_without_login_or_server(monkeypatch: pytest.MonkeyPatc
         server.listen()
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-        assert _wandb_reachable()
-    assert not _wandb_reachable()  # the server is gone
+        assert wandb_reachable()
+    assert not wandb_reachable()  # the server is gone
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
