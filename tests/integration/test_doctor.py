@@ -46,18 +46,8 @@ def test_doctor_finds_two_ranks_and_all_stages_in_order(tmp_path: Path) -> None:
     assert ended.stdout.count("gradient norm 1.000000 x the exact one") == 3
     assert "all-reduce     2 rank(s), right" in ended.stdout
     subjects = {line[7:22].strip() for line in ended.stdout.splitlines()}
-    assert {
-        "deepspeed",
-        "GPUs",
-        "c++",
-        "cpu_adam",
-        "output_dir",
-        "/dev/shm",
-        "SLURM",
-        "network",
-        "W&B",
-        "Hub",
-    } <= subjects
+    wanted = {"deepspeed", "GPUs", "c++", "cpu_adam", "output_dir", "/dev/shm", "SLURM", "network", "W&B", "Hub"}
+    assert wanted <= subjects
     assert "WRONG" not in ended.stdout
 
 

@@ -50,7 +50,7 @@ def ops() -> Iterator[Finding]:
         folder = Path(extensions_folder(os.environ)) / name
         lock = folder / "lock"
         if lock.exists():
-            yield Finding(
+            yield note(
                 name, f"{lock}: it is being compiled or loaded, or a process that did so was killed",
                 f"rm {lock} where no run is starting: the next one waits for it",
             )  # fmt: skip
