@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (default: runs)"
     )
-    parser.add_argument("--nvme_dir", type=Path, metavar="DIR", help="where a configuration with NVMe offload writes")
+    parser.add_argument("--nvme_path", type=Path, metavar="DIR", help="where a configuration with NVMe offload writes")
     parser.add_argument(
         "--build_ops", action="store_true",
         help="compile DeepSpeed's extensions for offload now, which otherwise the first run does",
@@ -56,8 +56,8 @@ def _all_findings(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield from compilers()
     yield from build_ops() if arguments.build_ops else ops()
     yield from output_folder(arguments.output_dir)
-    if arguments.nvme_dir is not None:
-        yield from nvme_folder(arguments.nvme_dir)
+    if arguments.nvme_path is not None:
+        yield from nvme_folder(arguments.nvme_path)
     yield from shared_memory()
     yield from slurm()
     yield from network()

@@ -68,12 +68,12 @@ def nvme_folder(folder: Path) -> Iterator[Finding]:
     free = os.statvfs(existing)
     told = f"{existing} is on {mount.kind}, {free.f_bavail * free.f_frsize / 1e9:.1f} GB free"
     if problem := _cannot_write(existing) or _no_direct_writes(existing):
-        yield Finding("nvme_dir", f"{told}; {problem}", "choose a folder on a local solid-state disk")
+        yield Finding("nvme_path", f"{told}; {problem}", "choose a folder on a local solid-state disk")
     elif mount.kind not in _OF_ONE_MACHINE - _IN_MEMORY or _rotates(existing):
         slow = "it turns" if mount.kind in _OF_ONE_MACHINE else "it is not a disk of this machine"
-        yield note("nvme_dir", f"{told}; {slow}", "offload to `cpu` instead, or to a local solid-state disk")
+        yield note("nvme_path", f"{told}; {slow}", "offload to `cpu` instead, or to a local solid-state disk")
     else:
-        yield Finding("nvme_dir", told)
+        yield Finding("nvme_path", told)
 
 
 def shared_memory() -> Iterator[Finding]:
