@@ -2,6 +2,7 @@
 
 import os
 import resource
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,7 +128,9 @@ def test_known_bad_versions_are_told_with_what_they_do(name: str, version: str, 
 
 def test_a_shared_folder_of_extensions_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/shared/extensions")
-    assert ("TORCH_EXTENSIONS_DIR", "note") in {(finding.subject, finding.verdict) for finding in versions.versions()}
+    assert [finding.verdict for finding in versions._shared_extensions_folder()] == ["note"]
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", f"/mine/{metadata.version('torch')}-{metadata.version('deepspeed')}")
+    assert list(versions._shared_extensions_folder()) == []
 
 
 @pytest.mark.parametrize(
