@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
 shell_files() {
     local file
-    shellcheck --external-sources launch/{demo,env,setup,start}.sh tests/run.sh .ci/run || return
+    shellcheck --external-sources launch/{cluster,demo,env,setup,start}.sh tests/run.sh tests/slurm/nodes.sh .ci/run || return
     for file in launch/*.sbatch; do
         if [ -e "$file" ]; then shellcheck --external-sources "$file" || return; fi
     done

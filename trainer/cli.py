@@ -25,7 +25,7 @@ commands:
   pretrain   train a model, alone or on many ranks (trainer pretrain --help)
   convert    turn a run or a checkpoint into a save_pretrained folder (trainer convert --help)
   plan       show what fits on a GPU of a given memory, and the command to run it (trainer plan --help)
-  doctor     check the installation: versions, GPUs, and that DeepSpeed gets gradients right
+  doctor     check the installation: versions, GPUs, disks, cluster, logins, gradients under DeepSpeed
 
 exit codes: 0 done, 2 wrong input, 3 the run went bad, 4 stopped on request with a checkpoint saved, 1 anything else
 """
@@ -125,7 +125,7 @@ def _plan(words: list[str]) -> int:
 
 
 def _doctor(words: list[str]) -> int:
-    from trainer.doctor import main as doctor_main
+    from trainer.doctor.command import main as doctor_main
 
     return doctor_main(words)
 

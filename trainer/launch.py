@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from trainer.arguments import shipped_recipes
+from trainer.layout import CHECKPOINTS_FOLDER, STEP_PREFIX
 
 HELP = """\
 usage: bash launch/pretrain_{recipe}.sh [DATA] [FLAG ...]
@@ -33,7 +35,21 @@ def pretrain_arguments(argv: Sequence[str], environ: Mapping[str, str], recipe: 
     for variable, name in (("DS_CONFIG", "--deepspeed"), ("DATA", "--dataset_name")):
         if value := environ.get(variable):
             defaults[name] = value
-    return ["pretrain", *(part for pair in defaults.items() for part in pair), *given]
+    arguments = ["pretrain", *(part for pair in defaults.items() for part in pair), *given]
+    return [*arguments, *_resume(arguments, environ)]
+
+
+def _resume(arguments: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """A job that SLURM started before goes on with its newest checkpoint.
+
+    But for one that named another run's checkpoint and has none of its own yet, which `latest` would start at nothing.
+    """
+    if int(environ.get("SLURM_RESTART_COUNT") or 0) == 0:
+        return []
+    checkpoints = Path(_last_value("--output_dir", arguments) or "") / CHECKPOINTS_FOLDER
+    if _last_value("--resume", arguments) not in (None, "latest") and not any(checkpoints.glob(f"{STEP_PREFIX}*")):
+        return []
+    return ["--resume", "latest"]
 
 
 def _last_value(flag: str, arguments: Sequence[str]) -> str | None:

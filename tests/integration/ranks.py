@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-_LIBRARIES = ["deepspeed", "deepspeed.ops.adam", "trainer.run.build", "trainer.doctor"]
+_LIBRARIES = ["deepspeed", "deepspeed.ops.adam", "trainer.run.build", "trainer.doctor.command"]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_LIBRARIES)
 

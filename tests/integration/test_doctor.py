@@ -40,11 +40,15 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_doctor_finds_two_ranks_and_all_stages_in_order() -> None:
-    ended = _python("-m", "trainer", "doctor")
+def test_doctor_finds_two_ranks_and_all_stages_in_order(tmp_path: Path) -> None:
+    ended = _python("-m", "trainer", "doctor", f"--output_dir={tmp_path}")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stdout.count("gradient norm 1.000000 x the exact one") == 3
-    assert "WRONG" not in ended.stdout and "deepspeed" in ended.stdout
+    assert "all-reduce     2 rank(s), right" in ended.stdout
+    subjects = {line[7:22].strip() for line in ended.stdout.splitlines()}
+    wanted = {"deepspeed", "GPUs", "c++", "cpu_adam", "output_dir", "/dev/shm", "SLURM", "network", "W&B", "Hub"}
+    assert wanted <= subjects
+    assert "WRONG" not in ended.stdout
 
 
 def test_a_deepspeed_that_divides_by_the_accumulation_steps_is_refused() -> None:

@@ -41,8 +41,8 @@ LAUNCHERS: dict[str, list[str]] = {
     "deepspeed": [str(BIN / "deepspeed"), "--num_gpus=2", "--master_port={port}", "--module", "trainer"],
     "torchrun": [str(BIN / "torchrun"), "--nproc_per_node=2", "--master_port={port}", "-m", "trainer"],
     "accelerate": [
-        str(BIN / "accelerate"), "launch", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
-        "--dynamo_backend=no", "--use_deepspeed", "--main_process_port={port}", "-m", "trainer",
+        str(BIN / "accelerate"), "launch", "--config_file=launch/accelerate/eight_gpus.yaml", "--num_processes=2",
+        "-m", "trainer",
     ],
     "python": [sys.executable, "-m", "trainer"],
     "bash": ["bash", "launch/pretrain_base.sh"],

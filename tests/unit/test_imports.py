@@ -18,12 +18,12 @@ ALLOWED = {
     "ending": set(),
     "errors": set(),
     "layout": set(),
-    "doctor": {"arguments"},
+    "doctor": {"arguments", "run"},
     "plan": {"arguments", "memory", "model", "run"},
 }
 HOME = {
     "accelerate": {"run/engine.py"},
-    "deepspeed": {"run/engine.py"},
+    "deepspeed": {"run/engine.py", "run/extensions.py"},
     "soundfile": {"data"},
     "soxr": {"data"},
     "wandb": {"run/trackers.py"},

@@ -72,3 +72,33 @@ def test_help_is_printed_by_one_rank() -> None:
     command = [sys.executable, str(ROOT / "launch" / "pretrain_large.sh"), "--local_rank=1", "--help"]
     environ = {**os.environ, "RANK": "1"}
     assert subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout == ""
+
+
+RESTARTED = {"SLURM_RESTART_COUNT": "2"}
+
+
+def test_a_job_that_slurm_started_before_resumes() -> None:
+    assert pretrain_arguments([], RESTARTED, "large") == [*DEFAULTS, "--resume", "latest"]
+    assert pretrain_arguments([], {"SLURM_RESTART_COUNT": "0"}, "large") == DEFAULTS
+
+
+def test_it_resumes_from_another_runs_checkpoint_only_until_it_has_one_of_its_own(tmp_path: Path) -> None:
+    given = ["--resume", "/other/checkpoints/step-00000010", f"--output_dir={tmp_path}"]
+    assert pretrain_arguments(given, RESTARTED, "large") == [*DEFAULTS, *given]
+    (tmp_path / "checkpoints" / "step-00000020").mkdir(parents=True)
+    assert pretrain_arguments(given, RESTARTED, "large")[-2:] == ["--resume", "latest"]
+
+
+def test_the_job_says_how_it_is_submitted(tmp_path: Path) -> None:
+    job = ["bash", str(ROOT / "launch" / "pretrain_large.sbatch")]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    helped = subprocess.run([*job, "--help"], env=environ, capture_output=True, text=True, check=True)
+    assert "sbatch --nodes=4" in helped.stdout and "#" not in helped.stdout.replace("#SBATCH", "")
+    outside = subprocess.run(job, env=environ, capture_output=True, text=True, check=False)
+    assert outside.returncode == 2 and "submit it: sbatch" in outside.stderr
+    inside = {**environ, "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    elsewhere = subprocess.run(job, env=inside, capture_output=True, text=True, check=False)
+    assert elsewhere.returncode == 2 and "call sbatch in the repository's folder" in elsewhere.stderr
+    inside |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_GPUS_ON_NODE": "8", "SLURM_TASKS_PER_NODE": "1(x2)"}
+    uneven = subprocess.run(job, env=inside, capture_output=True, text=True, check=False)
+    assert uneven.returncode == 2 and "a node has 8 GPUs and 1 tasks" in uneven.stderr

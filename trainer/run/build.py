@@ -1,6 +1,7 @@
 """From flags to a run that is ready to train; whatever the user can get wrong is found before ranks meet."""
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from trainer.arguments import PretrainArguments
 from trainer.data.batching import epoch_batches
 from trainer.data.collate import MaskSettings
 from trainer.data.frames import FrameGeometry
+from trainer.data.workers import signals_blocked
 from trainer.errors import RunWentBad, UserError
 from trainer.layout import METRICS_FILE, SKIPPED_FILE
 from trainer.memory.demand import (
@@ -37,6 +39,7 @@ from trainer.run.checkpoint import (
 from trainer.run.corpus import Corpus, SkippedLog, batching_of, describe, fingerprint, open_corpus
 from trainer.run.ds_config import ds_config_of, partitioning
 from trainer.run.engine import Engine, build_engine, check_zero_section, is_main_process, launched_ranks
+from trainer.run.launcher_settings import take_over_launcher_settings
 from trainer.run.loop import EXIT_DONE, Run
 from trainer.run.metrics import Totals, drop_lines_after
 from trainer.run.progress import Progress
@@ -57,6 +60,7 @@ from trainer.run.self_check import check_gradient_scale
 from trainer.run.signals import StopRequest
 from trainer.run.storage import on_main_rank, scarce_room, too_little_room
 from trainer.run.trackers import check_tracker, start_tracker
+from trainer.run.watchdog import PATIENCE_SECONDS, Watchdog
 
 
 def pretrain(arguments: PretrainArguments) -> int:
@@ -95,6 +99,9 @@ def build(arguments: PretrainArguments) -> Run | None:
     place.lock = lock_run_folder(place.folder) if is_main_process() else None
     stop = StopRequest()
     stop.install()
+    watchdog = Watchdog(rank=int(os.environ.get("RANK", "0")))
+    watchdog.start()
+    watchdog.expect("the start", PATIENCE_SECONDS)
     with explaining_out_of_memory(demand):
         engine = _build_engine(arguments, config, ds_config, place)
     if ds_config is not None:
@@ -119,7 +126,8 @@ def build(arguments: PretrainArguments) -> Run | None:
     if engine.is_main:
         skipped.add(corpus.skipped)
     resumed = place.checkpoint is not None
-    start_tracker(engine, arguments.report_to, place.folder, dataclasses.asdict(arguments), resumed)
+    with signals_blocked():  # a tracker's own process is needed until the last line, as the loader's are
+        start_tracker(engine, arguments.report_to, place.folder, dataclasses.asdict(arguments), resumed)
     _check_room(engine, place, arguments, max_train_steps)
     _say(
         f"training {engine.num_parameters / 1e6:.1f} M parameters on {engine.world_size} rank(s) of "
@@ -141,6 +149,7 @@ def build(arguments: PretrainArguments) -> Run | None:
         progress=Progress(place.state.step, max_train_steps, visible=engine.is_main),
         skipped=skipped,
         stop=stop,
+        watchdog=watchdog,
         max_train_steps=max_train_steps,
         lock=place.lock,
         interval_start=time.monotonic() - place.state.interval_seconds,
@@ -369,6 +378,7 @@ def _model_config(arguments: PretrainArguments, checkpoint: Path | None) -> Mode
 def _ds_config(arguments: PretrainArguments) -> dict[str, Any] | None:
     config = ds_config_of(arguments, launched_ranks())
     if config is not None:
+        take_over_launcher_settings(os.environ, bf16=arguments.bf16)
         check_zero_section(config)
     return config
 

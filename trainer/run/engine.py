@@ -252,10 +252,13 @@ class Engine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def close(self) -> None:
-        """End trackers and the process group; what this rank put on NVMe goes."""
+        """End trackers and the process group, all ranks together; what this rank put on NVMe goes."""
         if self.uses_deepspeed and (swapper := self._swapper()):
             remove_files(Path(swapper.swap_folder))
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        # W&B may upload for minutes, and launchers end a rank seconds after another one has gone
+        self.barrier()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

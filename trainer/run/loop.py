@@ -29,6 +29,7 @@ from trainer.run.signals import StopRequest
 from trainer.run.steps import audio_seconds, dropped_layers, forward, seed_micro_batch
 from trainer.run.storage import on_all_ranks
 from trainer.run.trackers import track
+from trainer.run.watchdog import PATIENCE_SECONDS, Watchdog
 
 EXIT_DONE = 0
 EXIT_STOPPED = 4
@@ -51,6 +52,7 @@ class Run:
     progress: Progress
     skipped: SkippedLog
     stop: StopRequest
+    watchdog: Watchdog
     max_train_steps: int
     lock: TextIO | None
     interval_start: float
@@ -65,6 +67,7 @@ class Run:
             self.arguments, self.corpus.train, self.geometry, self.masks, cursor,
             self.engine.rank, self.engine.world_size, self._pin_memory,
         )  # fmt: skip
+        self.watchdog.expect("the first update", PATIENCE_SECONDS)
         with contextlib.closing(windows):  # ends the worker processes
             for window in windows:
                 stop, result, rate, temperature = self.update(window)
@@ -88,6 +91,7 @@ class Run:
                 if stop:
                     self._say(f"stopped on request after update {self.state.step}; go on with --resume latest")
                     return EXIT_STOPPED
+                self.watchdog.expect(f"update {self.state.step + 1}", self.arguments.hang_timeout_seconds)
         raise AssertionError("the stream of windows is endless")
 
     def _due(self, every: int) -> bool:
@@ -150,10 +154,11 @@ class Run:
         if len(self.corpus.validation) == 0:
             return
         start = time.monotonic()
-        batches = validation_stream(
+        stream = validation_stream(
             self.arguments, self.corpus.validation, self.geometry, self.masks,
             self.engine.rank, self.engine.world_size, self._pin_memory,
         )  # fmt: skip
+        batches = self.watchdog.expect_each("validation", stream, self.arguments.hang_timeout_seconds)
         line: dict[str, Any] = {"step": self.state.step, "split": "validation"}
         self.engine.average_batch_norms()
         line |= evaluate(self.engine, batches, self.skipped)
@@ -164,6 +169,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint that holds the sums of the running interval too."""
+        self.watchdog.expect("saving", PATIENCE_SECONDS)
         start = time.monotonic()
         self.state.interval_seconds = start - self.interval_start
         self.state.totals = self.engine.sum_over_ranks(self.totals.values).tolist()
@@ -176,6 +182,7 @@ class Run:
 
     def close(self) -> None:
         """End the bar, the trackers and the process group, and let go of the run folder."""
+        self.watchdog.expect("the end", PATIENCE_SECONDS)
         self.progress.close()
         self.engine.close()
         if self.lock is not None:

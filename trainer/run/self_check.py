@@ -3,12 +3,14 @@
 DeepSpeed 0.18.3 divides the gradient of a forward pass that returns several outputs by the accumulation steps, and
 says nothing. A run that learns from gradients 16 times too small looks like a run with a bad learning rate.
 
-`python -m trainer.run.self_check` runs it for every ZeRO stage, on one rank or under a launcher; `trainer doctor` does.
+`python -m trainer.run.self_check` runs it for every ZeRO stage, after an all-reduce, on one rank or under a launcher;
+`trainer doctor` does.
 """
 
 import math
 import sys
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,8 +86,23 @@ def _values(position: int) -> Tensor:
     return values
 
 
+def _all_reduce(engine: Engine) -> float:
+    """Add up 64 MB over all ranks; gigabytes of it per second. Raises `UserError` where the sum is wrong."""
+    values = torch.full((1 << 24,), float(engine.rank + 1), device=engine.device)
+    engine.sum_over_ranks(values)  # makes the connections
+    start = time.monotonic()
+    total = engine.sum_over_ranks(values)
+    expected = engine.world_size * (engine.world_size + 1) / 2
+    if not bool((total == expected).all()):  # waits for the device too
+        raise UserError(
+            f"an all-reduce over {engine.world_size} rank(s) gives {total[0].item()} instead of {expected}; check the "
+            "network and its driver, on one machine with NCCL_P2P_DISABLE=1."
+        )
+    return values.nbytes / (time.monotonic() - start) / 1e9
+
+
 def main() -> None:
-    """Check stages 1 to 3 with four micro-batches; one line each on rank 0, an error on the first that fails."""
+    """Check an all-reduce and stages 1 to 3 with four micro-batches; a line each on rank 0, an error on a failure."""
     bf16 = torch.cuda.is_available()
     configs = [
         resolve_ds_config(
@@ -100,6 +117,9 @@ def main() -> None:
         model, torch.optim.AdamW(model.parameters(), fused=True), ds_config=configs[0], bf16=bf16, max_grad_norm=0.1,
         log_with=None, project_folder=Path(tempfile.gettempdir()),
     )  # fmt: skip
+    gigabytes_per_second = _all_reduce(engine)
+    if engine.is_main:
+        print(f"all-reduce right, {gigabytes_per_second:.1f} GB/s", flush=True)
     for config in configs:
         factor = check_gradient_scale(engine, config)
         if engine.is_main:

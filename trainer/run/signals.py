@@ -1,12 +1,12 @@
 """A request to stop, made from outside: the current update is finished, a checkpoint saved, the exit code is 4.
 
-SIGTERM, SIGUSR1 and Ctrl-C (SIGINT) ask for it. A second Ctrl-C ends the process without a checkpoint.
+SIGTERM, SIGUSR1 and Ctrl-C (SIGINT) ask for it. A second signal ends the process at once, without a checkpoint.
 """
 
 import os
 import signal
+import threading
 import time
-from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -25,17 +25,33 @@ class StopRequest:
         self._first_number = 0
 
     def install(self) -> None:
-        """Take the signals over; call from the main thread."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._handle)
+        """Take the signals over; call from the main thread.
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
+        Python runs handlers in the main thread, and not while that waits for other ranks inside a collective. What
+        arrives is therefore read from a pipe, by a thread that is never busy.
+        """
+        arrivals, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._read, args=(arrivals,), name="signals", daemon=True).start()
+
+    def _read(self, arrivals: int) -> None:
+        while True:
+            for number in os.read(arrivals, 16):
+                if number in STOP_SIGNALS:  # of others too there may be a handler
+                    self._take(number)
+
+    def _take(self, number: int) -> None:
         if not self.requested:
             self.requested = True
             self._first_time = time.monotonic()
             self._first_number = number
             os.write(2, b"\nstopping after this update and saving; Ctrl-C (again) stops at once\n")
-        elif number == signal.SIGINT and self._first_number == signal.SIGINT:
-            raise KeyboardInterrupt
-        elif time.monotonic() - self._first_time >= self.echo_seconds:
+        # nobody presses Ctrl-C twice by way of an echo
+        elif number == self._first_number == signal.SIGINT or self._since_first() >= self.echo_seconds:
             os._exit(128 + number)
+
+    def _since_first(self) -> float:
+        return time.monotonic() - self._first_time

@@ -38,7 +38,7 @@ def start_tracker(engine: Engine, report_to: str, run_folder: Path, settings: di
             "id": _wandb_run_id(run_folder, resumed),
             "resume": "allow",
         }
-        if "WANDB_MODE" not in os.environ and not _wandb_reachable():
+        if "WANDB_MODE" not in os.environ and not wandb_reachable():
             # as an argument: the environment was read when wandb was imported
             options["wandb"]["mode"] = "offline"
             print(f"wandb: no server or no login; logging offline below {run_folder / 'wandb'}", file=sys.stderr)
@@ -68,12 +68,17 @@ def _wandb_run_id(run_folder: Path, resumed: bool) -> str:
     return run_id
 
 
-def _wandb_reachable() -> bool:
-    """Whether a login exists and the server answers; wandb itself would ask at a prompt or retry for minutes."""
+def wandb_has_login() -> bool:
+    """Whether W&B has a key for its server."""
     import wandb
 
+    return bool(wandb.api.api_key)
+
+
+def wandb_reachable() -> bool:
+    """Whether a login exists and the server answers; wandb itself would ask at a prompt or retry for minutes."""
     url = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
-    if not wandb.api.api_key:
+    if not wandb_has_login():
         return False
     if url.scheme in urllib.request.getproxies():
         return True  # a direct connection would say nothing about the way through the proxy

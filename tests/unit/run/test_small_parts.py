@@ -21,7 +21,7 @@ from trainer.run.metrics import Totals, append_line, drop_lines_after, means
 from trainer.run.progress import Progress
 from trainer.run.signals import StopRequest
 from trainer.run.steps import dropped_layers, seed_micro_batch
-from trainer.run.trackers import _wandb_reachable, check_tracker
+from trainer.run.trackers import check_tracker, wandb_reachable
 
 
 def _terms(scale: float, count: float) -> LossTerms:
@@ -79,30 +79,44 @@ def test_the_guard_ends_a_run_of_bad_updates() -> None:
         guard.watch(200, skipped=True)
 
 
+_SIGNALLED = """
+import os, signal, time
+from trainer.run.signals import StopRequest
+
+def send(number):
+    os.kill(os.getpid(), number)
+    time.sleep(0.2)
+
+stop = StopRequest()
+stop.install()
+"""
+
+
+def _signalled(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", _SIGNALLED + code], capture_output=True, text=True, check=False)
+
+
 def test_first_signal_is_noted_second_ends_the_process() -> None:
-    code = (
-        "import os, signal; from trainer.run.signals import StopRequest\n"
-        "stop = StopRequest(); stop.install()\n"
-        "os.kill(os.getpid(), signal.SIGUSR1); print(stop.requested, flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGTERM); print('an echo', flush=True)\n"
+    result = _signalled(
+        "send(signal.SIGUSR1); print(stop.requested, flush=True)\n"
+        "send(signal.SIGTERM); print('an echo', flush=True)\n"
         "stop.echo_seconds = 0.0\n"
-        "os.kill(os.getpid(), signal.SIGTERM); print('still here')"
+        "send(signal.SIGTERM); print('still here')"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout == "True\nan echo\n" and result.returncode == 128 + signal.SIGTERM
     assert StopRequest().requested is False
 
 
 def test_ctrl_c_asks_first_and_insists_the_second_time() -> None:
-    code = (
-        "import os, signal; from trainer.run.signals import StopRequest\n"
-        "stop = StopRequest(); stop.install()\n"
-        "os.kill(os.getpid(), signal.SIGINT); print(stop.requested, flush=True)\n"
-        "try: os.kill(os.getpid(), signal.SIGINT)\n"
-        "except KeyboardInterrupt: print('interrupted')"
+    result = _signalled(
+        "send(signal.SIGINT); print(stop.requested, flush=True)\nsend(signal.SIGINT); print('still here')"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.stdout == "True\ninterrupted\n" and "saving" in result.stderr
+    assert result.stdout == "True\n" and "saving" in result.stderr and result.returncode == 128 + signal.SIGINT
+
+
+def test_other_signals_are_not_taken_for_a_request() -> None:
+    result = _signalled("signal.signal(signal.SIGCHLD, lambda *_: None); send(signal.SIGCHLD); print(stop.requested)")
+    assert result.stdout == "False\n" and result.returncode == 0
 
 
 def test_without_a_terminal_each_line_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,8 +155,8 @@ def test_wandb_is_offline_without_login_or_server(monkeypatch: pytest.MonkeyPatc
         server.listen()
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-        assert _wandb_reachable()
-    assert not _wandb_reachable()  # the server is gone
+        assert wandb_reachable()
+    assert not wandb_reachable()  # the server is gone
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-from trainer.doctor import _reason
+from trainer.doctor.gradients import _reason
 
 
 def test_the_error_of_a_rank_is_found_among_what_launchers_write() -> None:

@@ -1,0 +1,1 @@
+"""`trainer doctor`: whether this machine can train, in a table with remedies."""
