@@ -32,7 +32,7 @@ START_LIMIT_SECONDS = 300
 FLAGS = [
     "--config=demo", f"--max_train_steps={NUM_UPDATES}", "--num_warmup_steps=4", "--logging_steps=1", "--eval_steps=30",
     "--saving_steps=20", "--save_total_limit=2", "--per_device_train_batch_size=2", "--max_batch_seconds=4",
-    "--gradient_accumulation_steps=2", "--deepspeed=zero2", "--num_workers=1",
+    "--gradient_accumulation_steps=2", "--deepspeed=zero2", "--num_workers=1", "--max_skipped_fraction=0.1",
     # so that a window may be split otherwise: over all ranks, the diversity of 2 x 2 micro-batches is not that of 1 x 4
     "--global_diversity=false",
 ]  # fmt: skip
@@ -259,7 +259,7 @@ def test_resolved_recipe_can_be_passed_back(runs: Runs) -> None:
 
     again = parse_arguments([f"--config={runs.undisturbed / 'config.yaml'}"])
     assert again.gradient_accumulation_steps == 2 and again.learning_rate == 0.003
-    assert again.dataset_name == str(runs.data)
+    assert again.dataset_name == [str(runs.data)]
 
 
 def test_converted_folder_loads_with_stock_transformers(runs: Runs, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from trainer.run.checkpoint import (
     space_needed,
     verify_together,
 )
-from trainer.run.corpus import Corpus, SkippedLog, batching_of, describe, fingerprint, open_corpus
+from trainer.run.corpus import Corpus, batching_of, describe, fingerprint, open_corpus
 from trainer.run.ds_config import ds_config_of, partitioning
 from trainer.run.engine import Engine, build_engine, check_zero_section, is_main_process, launched_ranks
 from trainer.run.loop import EXIT_DONE, Run
@@ -48,6 +48,7 @@ from trainer.run.run_folder import (
 )
 from trainer.run.self_check import check_gradient_scale
 from trainer.run.signals import StopRequest
+from trainer.run.skipped import SkippedLog
 from trainer.run.storage import on_main_rank, scarce_room, too_little_room
 from trainer.run.trackers import check_tracker, start_tracker
 
@@ -70,13 +71,11 @@ def build(arguments: PretrainArguments) -> Run | None:
     """Put a run together, resumed where asked; None where nothing is left to do. Raises `UserError`."""
     check_tracker(arguments.report_to)
     ds_config = _ds_config(arguments)
-    place = None if arguments.preprocessing_only else _find_place(arguments, ds_config)
-    config = _model_config(arguments, None if place is None else place.checkpoint)
+    place = _find_place(arguments, ds_config)
+    config = _model_config(arguments, place.checkpoint)
     geometry = FrameGeometry(tuple(config.conv_kernel), tuple(config.conv_stride))
     corpus = open_corpus(arguments, geometry, progress=is_main_process())
     _say(describe(corpus))
-    if place is None:
-        return None
     create_run_folder(place.folder)
     place.lock = lock_run_folder(place.folder) if is_main_process() else None
     stop = StopRequest()
@@ -86,8 +85,8 @@ def build(arguments: PretrainArguments) -> Run | None:
         check_gradient_scale(engine, ds_config)
     if not engine.same_on_all_ranks(fingerprint(corpus)):
         raise UserError(
-            f"dataset_name ({arguments.dataset_name}) does not hold the same audio for all ranks: rank {engine.rank} "
-            f"has {len(corpus.train):,} utterances to train on; give all machines the same data, or --overwrite_cache."
+            f"dataset_name ({corpus.train.root}) does not hold the same audio for all ranks: rank {engine.rank} has "
+            f"{len(corpus.train):,} utterances to train on; give all machines the same data, or --overwrite_cache."
         )
     place = _verify(engine, place, arguments, ds_config, config)
     max_train_steps = _max_train_steps(arguments, corpus, engine.world_size, place.state)
@@ -99,7 +98,7 @@ def build(arguments: PretrainArguments) -> Run | None:
         engine.close()
         return None
     totals = _restore(engine, place, arguments)
-    skipped = SkippedLog(place.folder / SKIPPED_FILE)
+    skipped = SkippedLog(place.folder / SKIPPED_FILE, round(arguments.max_skipped_fraction * corpus.num_files))
     if engine.is_main:
         skipped.add(corpus.skipped)
     resumed = place.checkpoint is not None
