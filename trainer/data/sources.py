@@ -6,7 +6,7 @@ The other kinds are in sources_manifest.py, sources_tar.py and sources_hub.py. E
 import glob
 import os
 import re
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from trainer.data.rows import DataError, Listing, Request, Row, Source, Stamp, checked_row
 from trainer.data.sources_hub import hub_source, is_saved_dataset, parquet_source, saved_source
@@ -68,7 +68,7 @@ def open_source(request: Request) -> Source:
 def _open_folder(request: Request) -> Source:
     if is_saved_dataset(request.name):
         return saved_source(request)
-    if request.config is None and request.split is not None:
+    if request.config is None and request.split and os.path.isdir(os.path.join(request.name, request.split)):
         # The layout of audiofolder. `datasets` 5.2 cannot read it without torchcodec.
         split = folder_source(request._replace(name=os.path.join(request.name, request.split)))
         if split.stamps:
@@ -101,46 +101,72 @@ def _refuse_parts(request: Request, what: str) -> None:
 def folder_source(request: Request) -> Source:
     """Audio files at any depth, told by their suffix, see ``find_audio_files``."""
     root = os.path.abspath(request.name)
-    stamps = [_stamp(root, file) for file in find_audio_files(root)]
+    stamps = find_audio_files(root)
 
     def read() -> Listing:
-        return Listing([checked_row(Row(path, length=size, mtime_ns=mtime)) for path, size, mtime in stamps])
+        return Listing([_file_row(stamp) for stamp in stamps])
 
     return Source(request.name, os.path.basename(root), root, f"folder {root}", stamps, read)
 
 
-def _stamp(root: str, file: str) -> Stamp:
-    try:
-        status = os.stat(f"{root}/{file}")
-    except OSError:  # a dangling link; its header fails too and says so
-        return Stamp(file, 0, 0)
-    return Stamp(file, status.st_size, status.st_mtime_ns)
+def _file_row(stamp: Stamp) -> Row:
+    reason = "folder cannot be read" if stamp.path.endswith("/") else None
+    return checked_row(Row(stamp.path, length=stamp.size, mtime_ns=stamp.mtime_ns, reason=reason))
 
 
-def find_audio_files(folder: str) -> list[str]:
+def find_audio_files(folder: str) -> list[Stamp]:
     """Audio files under ``folder`` at any depth, told by their suffix.
 
     Follows links to folders, visiting each folder once; leaves out hidden files and hidden folders.
 
     Returns:
-        Paths relative to ``folder`` with forward slashes, sorted by code point.
+        Paths relative to ``folder`` with forward slashes, sorted by code point. A folder that cannot be read is among
+        them, with a slash at its end.
     """
-    found = []
-    visited = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in visited:
-            folders.clear()  # a link back to a folder already walked
+    found: list[Stamp] = []
+    visited: set[tuple[int, int]] = set()
+    waiting = [""]
+    while waiting:
+        inside = waiting.pop()  # relative, with a slash at its end
+        try:
+            status = os.stat(os.path.join(folder, inside))
+            if (status.st_dev, status.st_ino) in visited:
+                continue  # a link back to a folder already walked
+            visited.add((status.st_dev, status.st_ino))
+            folders = _scan(os.path.join(folder, inside), inside, found)
+        except OSError:
+            found.append(Stamp(inside or "./", 0, 0))
             continue
-        visited.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))  # fixes which of two links wins
-        relative = PurePath(os.path.relpath(parent, folder)).as_posix()
-        prefix = "" if relative == "." else f"{relative}/"
-        found += [prefix + name for name in files if is_audio(name)]
+        waiting += sorted(folders, reverse=True)  # fixes which of two links wins
     return sorted(found)
 
 
+def _scan(path: str, inside: str, found: list[Stamp]) -> list[str]:
+    """Append the audio files of one folder; returns its subfolders."""
+    folders = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            name = entry.name
+            if name.startswith("."):
+                continue
+            try:
+                if entry.is_dir():
+                    folders.append(f"{inside}{name}/")
+                elif _has_audio_suffix(name):
+                    status = entry.stat()
+                    found.append(Stamp(inside + name, status.st_size, status.st_mtime_ns))
+            except OSError:  # a dangling link, or one in a circle; its header fails too and says so
+                if _has_audio_suffix(name):
+                    found.append(Stamp(inside + name, 0, 0))
+    return folders
+
+
 def is_audio(name: str) -> bool:
-    """Whether a file name is that of audio."""
+    """Whether a path is that of audio and not hidden."""
     base = name.rpartition("/")[2]
-    return not base.startswith(".") and os.path.splitext(base)[1].lower() in AUDIO_SUFFIXES
+    return not base.startswith(".") and _has_audio_suffix(base)
+
+
+def _has_audio_suffix(name: str) -> bool:
+    stem, dot, suffix = name.rpartition(".")
+    return bool(stem and dot) and f".{suffix.lower()}" in AUDIO_SUFFIXES

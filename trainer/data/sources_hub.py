@@ -92,6 +92,11 @@ def _load(request: Request, *words: str, **options: Any) -> Any:
         ) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         said = _brief(error)
+        if "torchcodec" in said and os.path.isdir(request.name):
+            raise DataError(
+                f"dataset_split_names ({request.split}) must be a subfolder of {request.name} with audio files, or "
+                f"{request.name} a data set with that split; correct the name, or leave --dataset_split_names out."
+            ) from error
         if "torchcodec" in said:
             raise DataError(
                 f"{where} holds loose audio files, which `datasets` does not read without torchcodec; fetch them with "
