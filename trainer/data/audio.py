@@ -177,9 +177,9 @@ def _flac_num_samples(place: Place) -> int | None:
     except OSError as error:
         raise AudioError(_why_not_opened(path)) from error
     try:
-        head = os.pread(descriptor, _FLAC_HEADER_BYTES, offset)
         if length is None:
             length = os.fstat(descriptor).st_size
+        head = os.pread(descriptor, max(0, min(_FLAC_HEADER_BYTES, length)), offset)
     except OSError as error:
         raise AudioError("unreadable") from error
     finally:
@@ -191,8 +191,10 @@ def _flac_num_samples(place: Place) -> int | None:
     rate, num_frames = packed >> 44, packed & (1 << 36) - 1
     if not rate or not num_frames or largest_block < 16:
         return None
-    # A frame has a header of 6 bytes or more, a subframe of 2 and a checksum of 2.
-    if length < _FLAC_HEADER_BYTES + -(-num_frames // largest_block) * 10:
+    # What the smallest frame takes, where the encoder noted it, but for the last one, which may be shorter. At least a
+    # header of 6 bytes, a subframe of 2 and a checksum of 2.
+    smallest = max(int.from_bytes(head[12:15], "big"), 10)
+    if length < _FLAC_HEADER_BYTES + num_frames // largest_block * smallest:
         raise AudioError(_TRUNCATED)
     return _at_16_khz(num_frames, rate)
 
