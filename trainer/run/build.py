@@ -13,6 +13,7 @@ from trainer.arguments import PretrainArguments
 from trainer.data.batching import epoch_batches
 from trainer.data.collate import MaskSettings
 from trainer.data.frames import FrameGeometry
+from trainer.data.rows import DataError
 from trainer.errors import RunWentBad, UserError
 from trainer.layout import METRICS_FILE, SKIPPED_FILE
 from trainer.model.initial_weights import check_initial_weights, load_initial_weights
@@ -63,6 +64,8 @@ def pretrain(arguments: PretrainArguments) -> int:
     except RunWentBad:  # all ranks find out at the same update, so all of them get here
         run.close()
         raise
+    except DataError as error:  # nothing decodes any more: that is not what was asked for at the start
+        raise RunWentBad(str(error)) from error
     run.close()  # not after other errors: one rank alone would wait here for the others, its message unseen
     return code
 

@@ -127,7 +127,7 @@ def test_changed_settings_are_listed(tmp_path: Path) -> None:
     assert changed_settings(tmp_path, before) == []
     after = PretrainArguments(dataset_name=["speech"], output_dir=str(tmp_path), seed=3, max_train_steps=5)
     assert changed_settings(tmp_path, after) == ["max_train_steps: None -> 5", "seed: 0 -> 3"]
-    started = PretrainArguments(dataset_name="speech", output_dir=str(tmp_path), init_from="elsewhere")
+    started = PretrainArguments(dataset_name=["speech"], output_dir=str(tmp_path), init_from="elsewhere")
     assert changed_settings(tmp_path, started) == []  # not read by a run that goes on
     (tmp_path / "config.yaml").write_text("")  # the disk was full
     assert changed_settings(tmp_path, after) == []
