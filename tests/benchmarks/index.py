@@ -61,14 +61,14 @@ def headers(folder: Path, num_files: int) -> None:
     built = time.process_time() - start
     (file,) = (folder / "cache").iterdir()
     names = sum(len(stamp.path) for stamp in source.stamps)
-    paths = [index.path(row) for row in range(min(3_000, num_files))]
+    names_to_open = [index.path(row) for row in range(min(3_000, num_files))]
     start = time.process_time()
-    for path in paths:
-        soundfile.info(path)
+    for name in names_to_open:
+        soundfile.info(name)
     alone = time.process_time() - start
     print(f"listing a folder of {num_files:,} files:   {num_files / listed:10,.0f} files/s of one core")
     print(f"preparing it (listing included):  {num_files / built:10,.0f} files/s of one core")
-    print(f"soundfile.info for comparison:    {len(paths) / alone:10,.0f} files/s of one core")
+    print(f"soundfile.info for comparison:    {len(names_to_open) / alone:10,.0f} files/s of one core")
     print(f"index beside the paths:           {(file.stat().st_size - names) / num_files:10.1f} bytes a row")
 
 
