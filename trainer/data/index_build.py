@@ -151,16 +151,16 @@ def _note(journal: pa.RecordBatchStreamWriter, listing: Listing, chunk: list[int
 @contextmanager
 def _executor(num_rows: int, num_processes: int | None) -> Iterator[Executor]:
     count = num_processes or len(os.sched_getaffinity(0))
+    executor: Executor
     if num_rows < _FEW_ROWS or count == 1:
-        with ThreadPoolExecutor(_NUM_THREADS) as threads:
-            yield threads
-        return
-    start_fork_server(preload=__name__)
-    pool = ProcessPoolExecutor(count, get_context("forkserver"), initializer=init_worker, initargs=(0,))
+        executor = ThreadPoolExecutor(_NUM_THREADS)
+    else:
+        start_fork_server(preload=__name__)
+        executor = ProcessPoolExecutor(count, get_context("forkserver"), initializer=init_worker, initargs=(0,))
     try:
-        yield pool
+        yield executor
     finally:
-        pool.shutdown(cancel_futures=True)
+        executor.shutdown(cancel_futures=True)
 
 
 def _read_chunks(

@@ -101,7 +101,7 @@ def build(arguments: PretrainArguments) -> Run | None:
         engine.close()
         return None
     totals = _restore(engine, place, arguments)
-    skipped = SkippedLog(place.folder / SKIPPED_FILE, round(arguments.max_skipped_fraction * corpus.num_files))
+    skipped = SkippedLog(place.folder / SKIPPED_FILE, int(arguments.max_skipped_fraction * corpus.num_files))
     if engine.is_main:
         skipped.add(corpus.skipped)
     resumed = place.checkpoint is not None
