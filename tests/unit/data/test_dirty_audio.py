@@ -15,6 +15,7 @@ from trainer.data.collate import MaskSettings
 from trainer.data.frames import WAV2VEC2_GEOMETRY
 from trainer.data.index import build_index
 from trainer.data.loader import UtteranceDataset
+from trainer.data.rows import Skipped
 
 WriteAudio = Callable[..., Path]
 
@@ -129,6 +130,18 @@ def test_every_kind_of_file_is_used_or_named(tmp_path: Path) -> None:
     assert {name: found.get(name, "used") for name in fates} == fates
     assert batch.input_values.shape == (len(used), length)
     assert np.isfinite(batch.input_values.numpy()).all()
+
+
+def test_a_file_that_goes_while_training(tmp_path: Path, corpus: Path) -> None:
+    index, _ = build_index(str(corpus), str(tmp_path / "cache"), progress=False)
+    dataset = UtteranceDataset(index, WAV2VEC2_GEOMETRY, MaskSettings(0.65, 10, 5), seed=0, random_crop=True)
+    before = dataset[BatchSpec(3, (4, 5, 6), 9_000)]
+    Path(index.path(5)).unlink()
+    first, again = (dataset[BatchSpec(3, (4, 5, 6), 9_000)] for _ in range(2))
+    assert first.skipped == again.skipped == (Skipped(index.path(5), "missing"),)
+    for batch in (first, again):  # the others are as they would have been
+        np.testing.assert_array_equal(batch.input_values.numpy(), before.input_values.numpy()[[0, 2]])
+        np.testing.assert_array_equal(batch.mask.numpy(), before.mask.numpy()[[0, 2]])
 
 
 def test_a_file_without_permission(tmp_path: Path, write_audio: WriteAudio, monkeypatch: pytest.MonkeyPatch) -> None:
