@@ -298,7 +298,8 @@ def test_what_was_converted_and_started_from_is_converted_to_the_same(runs: Runs
     arguments = [
         "pretrain", "--config=demo", f"--init_from={first}", f"--model_name_or_path={first}", "--learning_rate=1e-30",
         "--max_train_steps=1", "--num_warmup_steps=0", "--max_batch_seconds=4", "--num_workers=0",
-        "--max_skipped_fraction=0.1", f"--dataset_name={runs.data}", "--validation_split_percentage=0", f"--cache_dir={tmp_path / 'cache'}",
+        "--max_skipped_fraction=0.1", f"--dataset_name={runs.data}", "--validation_split_percentage=0",
+        f"--cache_dir={tmp_path / 'cache'}",
         f"--output_dir={tmp_path / 'run'}",
     ]  # fmt: skip
     for command in (
