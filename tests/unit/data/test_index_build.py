@@ -111,3 +111,6 @@ def test_headers_of_flac_files_are_read_fast(tmp_path: Path, corpus: Path) -> No
     start = time.process_time()
     build_index(str(tmp_path), str(tmp_path / "cache"), progress=False, num_processes=1)
     assert 3_020 / (time.process_time() - start) > 5_000
+    (index,) = (tmp_path / "cache").iterdir()
+    names = sum(len(path.relative_to(tmp_path).as_posix()) for path in tmp_path.rglob("*.flac"))
+    assert (index.stat().st_size - names) / 3_020 < 64
