@@ -133,6 +133,8 @@ def build_index(
     file = None if rebuild else _open_current(path, fingerprint)
     if file is None:
         changed = path.exists() and not rebuild
+        if progress:
+            print(f"building the index of {source.name}", file=sys.stderr)
         listing = source.read()
         headers, num_known = read_headers(
             listing, source.root, path, progress=progress, num_processes=num_processes, rebuild=rebuild
