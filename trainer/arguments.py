@@ -63,11 +63,27 @@ class PretrainArguments:
     """The resolved settings of one run. `None` means: not set, the help says what follows from that."""
 
     # --- data
-    dataset_name: str | None = flag(
-        None, "Folder of audio files, any depth, any format libsndfile reads.", group="data"
-    )
-    validation_dataset_name: str | None = flag(
-        None, "Folder of audio to validate on. Not set: a share of the training data.", group="data"
+    dataset_name: list[str] | None = flag(
+        None, "What to train on, one or more of: a folder of audio files (any depth, any format libsndfile reads), a "
+        "fairseq manifest (.tsv), tar shards (.tar, a pattern in quotes or a folder of them), Parquet files, what "
+        "save_to_disk wrote, a Hub id. NAME:CONFIG:SPLIT names the parts of a data set in one word.",
+        group="data",
+    )  # fmt: skip
+    dataset_config_names: list[str] | None = flag(
+        None, "Configurations of a Hub data set, each with the split in the same place of --dataset_split_names.",
+        group="data",
+    )  # fmt: skip
+    dataset_split_names: list[str] | None = flag(
+        None, "Splits of a data set, which may be slices such as train[:10%]. Not set: train, or the only one.",
+        group="data",
+    )  # fmt: skip
+    audio_column_name: str = flag("audio", "Column of a data set that holds the audio.", group="data")
+    language_column_name: str | None = flag(
+        None, "Column of a data set that names the language of each utterance. A manifest has it as its third column.",
+        group="data",
+    )  # fmt: skip
+    validation_dataset_name: list[str] | None = flag(
+        None, "What to validate on, as --dataset_name. Not set: a share of the training data.", group="data"
     )
     validation_split_percentage: int = flag(
         1, "Percentage of the utterances kept for validation when no validation data is named.",
@@ -89,7 +105,23 @@ class PretrainArguments:
     )  # fmt: skip
     num_workers: int = flag(2, "Processes per device that decode audio; 0 decodes in the training process.",
                             group="data", rule=AT_LEAST_ZERO)  # fmt: skip
-    preprocessing_only: bool = flag(False, "Build the index of the audio and stop.", group="data")
+    max_skipped_fraction: float = flag(
+        0.01, "Largest share of files that may be unusable; beyond it the run stops. skipped.tsv lists them.",
+        group="data", rule=Rule(lambda value: 0 <= value <= 1, "from 0 to 1"),
+    )  # fmt: skip
+    preprocessing_only: bool = flag(
+        False, "Build the index of the audio and stop, as `trainer prepare` does.", group="data"
+    )
+    preprocessing_num_workers: int | None = flag(
+        None, "Processes that read the headers of the audio for the index. Not set: one per core.",
+        group="data", rule=POSITIVE,
+    )  # fmt: skip
+    stats: bool = flag(False, "With --preprocessing_only: print hours, lengths and languages.", group="data")
+    train_cache_file_name: str | None = flag(
+        None, "Taken so that command lines of the stock recipe work; no audio is cached, its index is in --cache_dir.",
+        group="data",
+    )  # fmt: skip
+    validation_cache_file_name: str | None = flag(None, "As --train_cache_file_name.", group="data")
     overwrite_cache: bool = flag(False, "Build the index of the audio anew.", group="data")
     cache_dir: str | None = flag(
         None, "Folder of the audio indexes and of models fetched from the Hub. Not set: the user's cache folder.",
@@ -209,11 +241,28 @@ _TYPES: dict[str, Any] = typing.get_type_hints(PretrainArguments)
 
 
 def value_type(name: str) -> type:
-    """The plain type of a flag: `int | None` -> int."""
+    """The plain type of a flag, or of each value of one that takes several: `int | None` and `list[int]` -> int."""
+    hint = _plain_hint(name)
+    return typing.cast(type, typing.get_args(hint)[0] if takes_several(name) else hint)
+
+
+def takes_several(name: str) -> bool:
+    """Whether the flag takes a list of values."""
+    return typing.get_origin(_plain_hint(name)) is list
+
+
+def _plain_hint(name: str) -> Any:
     hint = _TYPES[name]
     if isinstance(hint, types.UnionType):
         hint = next(member for member in typing.get_args(hint) if member is not type(None))
-    return typing.cast(type, hint)
+    return hint
+
+
+_DESCRIPTIONS = {
+    "pretrain": "Pre-train a wav2vec 2.0 model on unlabelled speech.",
+    "prepare": "Read the headers of the audio and keep their index, which trainer pretrain would do first: the data "
+    "flags count, the others are taken and ignored, so that the command line of a run can be given.",
+}
 
 
 class RaisingParser(argparse.ArgumentParser):
@@ -223,11 +272,11 @@ class RaisingParser(argparse.ArgumentParser):
         raise ArgumentsError(message)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(command: str = "pretrain") -> argparse.ArgumentParser:
     """A parser in which a flag that is not given leaves no trace, so a recipe's value can stand."""
     parser = RaisingParser(
-        prog="trainer pretrain",
-        description="Pre-train a wav2vec 2.0 model on unlabelled speech.",
+        prog=f"trainer {command}",
+        description=_DESCRIPTIONS[command],
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         add_help=False,
@@ -244,8 +293,9 @@ def build_parser() -> argparse.ArgumentParser:
             group.add_argument(f"--{name}", help=help_text, nargs="?", const=True, type=_parse_bool, metavar="BOOL")
         else:
             group.add_argument(
-                f"--{name}", help=help_text, type=kind, choices=field.metadata["choices"], metavar=_metavar(name, kind)
-            )
+                f"--{name}", help=help_text, type=kind, choices=field.metadata["choices"], metavar=_metavar(name, kind),
+                nargs="+" if takes_several(name) else None,
+            )  # fmt: skip
     # launchers pass the local rank before the user's arguments; the environment holds the same number
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
@@ -265,9 +315,12 @@ def _parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-def parse_arguments(command_line: Sequence[str]) -> PretrainArguments:
-    """Flags over recipe over defaults. Raises `ArgumentsError` naming every problem, `HelpRequested` on --help."""
-    parser = build_parser()
+def parse_arguments(command_line: Sequence[str], command: str = "pretrain") -> PretrainArguments:
+    """Flags over recipe over defaults. Raises `ArgumentsError` naming every problem, `HelpRequested` on --help.
+
+    `prepare` is `pretrain --preprocessing_only`.
+    """
+    parser = build_parser(command)
     given, unknown = parser.parse_known_args(list(command_line))
     from_flags = vars(given)
     if from_flags.pop("help", False):
@@ -281,6 +334,8 @@ def parse_arguments(command_line: Sequence[str]) -> PretrainArguments:
     if "config" in from_flags:
         from_recipe, recipe_problems = read_recipe(from_flags["config"])
         problems += recipe_problems
+    if command == "prepare":
+        from_flags["preprocessing_only"] = True
     arguments = PretrainArguments(**{**from_recipe, **from_flags})
     problems += check(arguments)
     if problems:
@@ -339,7 +394,8 @@ def read_recipe(name_or_path: str) -> tuple[dict[str, Any], list[str]]:
         converted = _convert(key, value)
         if converted is _WRONG_TYPE:
             problems.append(
-                f"{key} ({value!r}) in recipe {path} must be of type {value_type(key).__name__}; correct the value."
+                f"{key} ({value!r}) in recipe {path} must be of type {value_type(key).__name__}"
+                f"{' or a list of them' if takes_several(key) else ''}; correct the value."
             )
         else:
             values[key] = converted
@@ -351,9 +407,16 @@ _WRONG_TYPE = object()
 
 def _convert(name: str, value: Any) -> Any:
     """A YAML value as the flag's type, or `_WRONG_TYPE`. YAML reads 3e-4 as text, so numbers may come as text."""
-    kind = value_type(name)
     if value is None:
         return None if FIELDS[name].default is None else _WRONG_TYPE
+    if takes_several(name):
+        values = [_convert_one(name, each) for each in (value if isinstance(value, list) else [value])]
+        return _WRONG_TYPE if _WRONG_TYPE in values or not values else values
+    return _convert_one(name, value)
+
+
+def _convert_one(name: str, value: Any) -> Any:
+    kind = value_type(name)
     if kind is bool or kind is str or isinstance(value, bool):
         return value if isinstance(value, kind) else _WRONG_TYPE
     if kind is int and isinstance(value, float):
@@ -373,7 +436,7 @@ def check(arguments: PretrainArguments) -> list[str]:
         choices = field.metadata["choices"]
         if value is None:
             continue
-        if value == "":
+        if value == "" or (isinstance(value, list) and "" in value):
             problems.append(f"{name} is empty; give --{name} a value or leave it out.")
             continue
         if rule is not None and not rule.holds(value):
@@ -385,7 +448,7 @@ def check(arguments: PretrainArguments) -> list[str]:
 
 def _conflicts(arguments: PretrainArguments) -> list[str]:
     """Values that are each fine and do not go together, and values that every run needs."""
-    problems = []
+    problems = _data_conflicts(arguments)
     for name in ("dataset_name", "output_dir", "model_name_or_path"):
         needed = name == "dataset_name" or not arguments.preprocessing_only
         if name == "model_name_or_path" and (arguments.config_name or arguments.init_from) is not None:
@@ -428,6 +491,24 @@ def _conflicts(arguments: PretrainArguments) -> list[str]:
             f"num_warmup_steps ({arguments.num_warmup_steps}) must be at most max_train_steps ({steps}), or the peak "
             "learning rate is never reached; lower it or train longer."
         )
+    return problems
+
+
+def _data_conflicts(arguments: PretrainArguments) -> list[str]:
+    problems = []
+    configs, splits = arguments.dataset_config_names, arguments.dataset_split_names
+    if configs is not None and splits is not None and len(configs) != len(splits):
+        problems.append(
+            f"dataset_config_names ({' '.join(configs)}) must be as many as dataset_split_names ({' '.join(splits)}): "
+            "each configuration goes with the split in its place."
+        )
+    if (configs or splits) and arguments.dataset_name is not None and len(arguments.dataset_name) > 1:
+        problems.append(
+            f"dataset_config_names and dataset_split_names are for one data set, not {len(arguments.dataset_name)}; "
+            "write --dataset_name NAME:CONFIG:SPLIT NAME:CONFIG:SPLIT instead."
+        )
+    if arguments.stats and not arguments.preprocessing_only:
+        problems.append("stats (True) is for preparation; use trainer prepare --stats, or add --preprocessing_only.")
     return problems
 
 

@@ -23,6 +23,7 @@ Pre-train wav2vec 2.0 models on unlabelled speech.
 
 commands:
   pretrain   train a model, alone or on many ranks (trainer pretrain --help)
+  prepare    read the headers of the audio, say what is in it and what cannot be used (trainer prepare --help)
   convert    turn a run or a checkpoint into a save_pretrained folder (trainer convert --help)
   plan       show what fits on a GPU of a given memory, and the command to run it (trainer plan --help)
   doctor     check the installation: versions, GPUs, disks, cluster, logins, gradients under DeepSpeed
@@ -42,6 +43,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
         return EXIT_DONE if words else EXIT_USER_ERROR
     commands: dict[str, Callable[[list[str]], int]] = {
         "pretrain": _pretrain,
+        "prepare": _prepare,
         "convert": _convert,
         "plan": _plan,
         "doctor": _doctor,
@@ -96,20 +98,28 @@ def _complain(message: str, code: int, *, shared: bool = False) -> int:
     return code
 
 
-def _pretrain(words: list[str]) -> int:
+def _pretrain(words: list[str], command: str = "pretrain") -> int:
     from trainer.arguments import HelpRequested, parse_arguments
 
     try:
-        arguments = parse_arguments(words)
+        arguments = parse_arguments(words, command)
     except HelpRequested as requested:
         print(requested, end="")
         return EXIT_DONE
+    if arguments.preprocessing_only:
+        from trainer.run.prepare import prepare
+
+        return prepare(arguments)
     from trainer.run.ds_config import ds_config_of
 
     ds_config_of(arguments, int(os.environ.get("WORLD_SIZE", "1")))  # its mistakes show before torch is loaded
     from trainer.run.build import pretrain
 
     return pretrain(arguments)
+
+
+def _prepare(words: list[str]) -> int:
+    return _pretrain(words, "prepare")
 
 
 def _convert(words: list[str]) -> int:

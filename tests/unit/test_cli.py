@@ -153,9 +153,10 @@ def test_preprocessing_only_builds_the_index_and_nothing_else(
     data = tmp_path / "data"
     shutil.copytree(SPEECH, data)
     (data / "bad.wav").write_text("not audio")
-    assert _pretrain("--preprocessing_only", f"--cache_dir={tmp_path / 'c'}", data=data, out=str(tmp_path / "run")) == 0
+    flags = ["--preprocessing_only", "--max_skipped_fraction=0.1", f"--cache_dir={tmp_path / 'c'}"]
+    assert _pretrain(*flags, data=data, out=str(tmp_path / "run")) == 0
     assert "1 files skipped (unreadable: 1)" in capsys.readouterr().err
-    assert list((tmp_path / "c" / "audio-index").glob("*.parquet"))
+    assert list((tmp_path / "c" / "audio-index").glob("*.arrow"))
     assert not (tmp_path / "run").exists()
 
 

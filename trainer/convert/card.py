@@ -130,8 +130,9 @@ def model_card(
 
 def _training(run: RunRecord) -> Iterator[str]:
     if run.trained_hours is not None:
-        data = run.settings.get("dataset_name")
-        source = f" of `{Path(str(data)).name}`" if data else ""
+        data = run.settings.get("dataset_name") or []
+        names = [f"`{Path(str(name)).name}`" for name in (data if isinstance(data, list) else [data])]
+        source = f" of {', '.join(names)}" if names else ""
         yield f"\n## Training\n\nTrained on {run.trained_hours:,.2f} hours of audio{source}, repetitions counted.\n"
     elif run.settings:
         yield "\n## Training\n"

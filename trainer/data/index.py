@@ -1,41 +1,30 @@
-"""The list of utterances: where each one is and how long. Read from headers once, kept as Parquet."""
+"""The list of utterances: where each one is and how long. Read from headers once, kept as a file that is mapped."""
 
 import hashlib
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
-from tqdm import tqdm
 
-from trainer.data.audio import SAMPLE_RATE, AudioError, read_num_samples
-from trainer.data.sources import find_audio_files
-from trainer.errors import UserError
+from trainer.data.audio import SAMPLE_RATE, Place
+from trainer.data.index_build import Header, forget_journals, read_headers
+from trainer.data.index_store import IndexFile, write_index
+from trainer.data.rows import DataError, Listing, Request, Skipped, Source
+from trainer.data.sources import open_source
 
-_FORMAT = "1"
-# Raise when the columns or the meaning of num_samples change: older caches are then rebuilt.
-_CHUNK_FILES = 64
-# Files per task: one header takes about 0.1 ms, so single-file tasks would mostly pay for the queue.
-_NUM_THREADS = 16
-# More than cores: on a network file system the time goes into waiting, which threads overlap. On a local disk neither
-# threads nor processes are faster than one thread, as most of a header's 0.1 ms is spent in Python.
+__all__ = [
+    "AudioIndex", "DataError", "Skipped", "build_index", "built_since", "concatenate", "filter_by_duration",
+    "find_index", "split_validation",
+]  # fmt: skip
 
-
-class DataError(UserError):
-    """The user's data cannot be trained on; the message names the setting, its value, the rule and the remedy."""
-
-
-class Skipped(NamedTuple):
-    """A file left out, and why in a few words."""
-
-    path: str
-    reason: str
+_FORMAT = "2"
+# Raise when the columns or the meaning of num_samples change: older files are then built again.
+_MAX_LANGUAGES = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +32,21 @@ class AudioIndex:
     """Utterances by row number."""
 
     root: str
-    """Absolute path of the folder that ``paths`` are relative to."""
-    paths: pa.StringArray
-    """Relative paths with forward slashes, length [num_rows]."""
+    """What they come from, for messages: absolute path of the folder, or names of several sources."""
+    files: tuple[IndexFile, ...]
+    """The index of each source, mapped into memory."""
     num_samples: npt.NDArray[np.int64]
     """Length of each utterance in 16 kHz samples, shape [num_rows]."""
     ids: npt.NDArray[np.int64]
-    """Number of each utterance in the whole folder, shape [num_rows]: kept by every selection, it seeds the masks."""
+    """Number of each utterance among the usable ones of all sources, shape [num_rows].
+
+    Kept by every selection; it seeds the masks.
+    """
+    tags: npt.NDArray[np.int16]
+    """Language and source of each utterance as a number in ``tag_names``, shape [num_rows]."""
+    tag_names: list[str]
+    tag_sources: list[int]
+    """Number of the source of each tag, length of ``tag_names``."""
 
     def __len__(self) -> int:
         return len(self.num_samples)
@@ -59,61 +56,127 @@ class AudioIndex:
         """Length of all utterances together, in hours."""
         return float(self.num_samples.sum()) / SAMPLE_RATE / 3600
 
+    def place(self, row: int) -> Place:
+        """Where to read one utterance."""
+        file, position = self._find(row)
+        return file.place(position)
+
     def path(self, row: int) -> str:
-        """Absolute path of one utterance's file."""
-        return os.path.join(self.root, self.paths[row].as_py())
+        """One utterance for a person: the absolute path of its file, or that of a container and the name in it."""
+        file, position = self._find(row)
+        return file.shown(position)
+
+    def _find(self, row: int) -> tuple[IndexFile, int]:
+        number = int(self.ids[row])
+        for file in self.files:
+            if number < len(file.usable):
+                return file, int(file.usable[number])
+            number -= len(file.usable)
+        raise IndexError(row)
 
     def take(self, rows: npt.NDArray[np.intp]) -> "AudioIndex":
         """The given rows, in the given order."""
-        return AudioIndex(self.root, self.paths.take(pa.array(rows)), self.num_samples[rows], self.ids[rows])
+        return AudioIndex(
+            self.root, self.files, self.num_samples[rows], self.ids[rows], self.tags[rows], self.tag_names,
+            self.tag_sources,
+        )  # fmt: skip
+
+
+def _index_path(source: Source, cache_dir: str) -> Path:
+    """Where the index of a source is kept."""
+    name = hashlib.sha256(source.identity.encode(errors="surrogateescape")).hexdigest()[:32]
+    return Path(cache_dir) / f"{name}.arrow"
+
+
+def find_index(request: Request, cache_dir: str) -> tuple[AudioIndex, list[Skipped]] | None:
+    """What ``build_index`` gives, if nothing has to be built for it. Raises `DataError` as that does."""
+    source = open_source(request)
+    file = _open_current(_index_path(source, cache_dir), _fingerprint(source))
+    return None if file is None else _as_index(file, source, request.flag)
+
+
+def built_since(request: Request, cache_dir: str, moment: float) -> bool:
+    """Whether the index of a source was written after ``moment`` (seconds since the epoch)."""
+    path = _index_path(open_source(request), cache_dir)
+    return path.exists() and path.stat().st_mtime > moment
 
 
 def build_index(
-    folder: str, cache_dir: str, progress: bool, rebuild: bool = False, flag: str = "dataset_name"
+    request: Request | str,
+    cache_dir: str,
+    progress: bool,
+    rebuild: bool = False,
+    num_processes: int | None = None,
 ) -> tuple[AudioIndex, list[Skipped]]:
-    """List the audio files under ``folder`` with their lengths, from the cache where no file has changed.
+    """List the utterances of one source with their lengths, from the cache where its files have not changed.
 
-    The cache is ``cache_dir/<hash of the absolute folder path>.parquet``. It is used again while the relative path,
-    size and modification time of every file are as they were, and rebuilt otherwise. It appears complete or not at all.
+    The cache is ``cache_dir/<hash of the source's name>.arrow``. It is used again while the path, size and modification
+    time of every file that the source depends on are as they were. Otherwise the headers of files that are new or have
+    changed are read. It appears complete or not at all.
 
     Args:
-        folder: searched at any depth, see ``find_audio_files``.
+        request: the source, see ``open_source``; a string for one without more to say.
         cache_dir: created if missing.
-        progress: show a progress bar on standard error while headers are read.
-        rebuild: read the headers again even where no file has changed.
-        flag: the setting that named the folder, for error messages.
+        progress: show a progress bar on standard error while headers are read, and say why they are.
+        rebuild: read all headers again even where no file has changed.
+        num_processes: processes that read headers; None for one per core.
 
     Returns:
-        The index, sorted by path, and the files whose header could not be used.
+        The index, in the source's order, and the files whose header could not be used.
 
     Raises:
-        DataError: no such folder, no audio file in it, or none that can be read.
+        DataError: no such source, no audio in it, or none that can be read.
     """
-    root = os.path.abspath(folder)
-    if not os.path.isdir(root):
-        raise DataError(f"{flag} ({folder}) must be an existing folder of audio files; check the path.")
-    files = find_audio_files(root)
-    if not files:
-        raise DataError(f"{flag} ({folder}) must hold audio files (wav, flac, ogg, mp3, ...); none was found.")
-    cache = Path(cache_dir) / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.parquet"
-    fingerprint = _fingerprint(root, files)
-    table = None if rebuild else _read_cache(cache, fingerprint)
-    if table is None:
-        table = _read_headers(root, files, progress)
-        _write_cache(table, cache, fingerprint)
-    usable = np.flatnonzero(table["reason"].is_null().to_numpy())
-    broken = table.filter(table["reason"].is_valid())
-    skipped = [
-        Skipped(os.path.join(root, path), reason)
-        for path, reason in zip(broken["path"].to_pylist(), broken["reason"].to_pylist(), strict=True)
-    ]
-    if len(usable) == 0:
-        raise DataError(
-            f"{flag} ({folder}) must hold audio files that can be read; all {len(files)} found cannot. "
-            f"First: {skipped[0].path} ({skipped[0].reason})."
+    request = Request(request) if isinstance(request, str) else request
+    source = open_source(request)
+    path, fingerprint = _index_path(source, cache_dir), _fingerprint(source)
+    file = None if rebuild else _open_current(path, fingerprint)
+    if file is None:
+        changed = path.exists() and not rebuild
+        if progress:
+            print(f"building the index of {source.name}", file=sys.stderr)
+        listing = source.read()
+        headers, num_known = read_headers(
+            listing, source.root, path, progress=progress, num_processes=num_processes, rebuild=rebuild
         )
-    paths = table["path"].combine_chunks().take(pa.array(usable))
-    return AudioIndex(root, paths, table["num_samples"].to_numpy()[usable], np.arange(len(usable))), skipped
+        if progress and changed:
+            text = f"{source.name} has changed: index built again, {len(headers) - num_known:,} of {len(headers):,} "
+            print(f"{text}headers read", file=sys.stderr)
+        _write(path, source, listing, headers, fingerprint)
+        file = IndexFile(str(path))
+    return _as_index(file, source, request.flag)
+
+
+def concatenate(indexes: Sequence[AudioIndex]) -> AudioIndex:
+    """The utterances of several sources, one source after the other. Tags of several sources stay apart."""
+    if len(indexes) == 1:
+        return indexes[0]
+    first_ids = np.cumsum([0, *(sum(len(file.usable) for file in index.files) for index in indexes)])
+    first_tags = np.cumsum([0, *(len(index.tag_names) for index in indexes)])
+    return AudioIndex(
+        root=", ".join(index.root for index in indexes),
+        files=tuple(file for index in indexes for file in index.files),
+        num_samples=np.concatenate([index.num_samples for index in indexes]),
+        ids=np.concatenate([index.ids + first for index, first in zip(indexes, first_ids, strict=False)]),
+        tags=np.concatenate(
+            [(index.tags + first).astype(np.int16) for index, first in zip(indexes, first_tags, strict=False)]
+        ),
+        tag_names=_joined_names(indexes),
+        tag_sources=[number for number, index in enumerate(indexes) for _ in index.tag_names],
+    )
+
+
+def _joined_names(indexes: Sequence[AudioIndex]) -> list[str]:
+    """`source/language`, or the source's label alone where it has no languages; no name twice."""
+    names: list[str] = []
+    for index in indexes:
+        (file,) = index.files
+        label = str(file.header["label"])
+        for tag in index.tag_names:
+            name = label if tag == label else f"{label}/{tag}"
+            repeats = sum(other == name or other.startswith(f"{name} (") for other in names)
+            names.append(f"{name} ({repeats + 1})" if repeats else name)
+    return names
 
 
 def filter_by_duration(index: AudioIndex, min_seconds: float) -> tuple[AudioIndex, int]:
@@ -151,59 +214,72 @@ def split_validation(index: AudioIndex, percentage: float, seed: int) -> tuple[A
     return index.take(np.sort(order[num_validation:])), index.take(np.sort(order[:num_validation]))
 
 
-def _fingerprint(root: str, files: list[str]) -> str:
+def _fingerprint(source: Source) -> str:
     digest = hashlib.sha256(_FORMAT.encode())
-    for file in files:
-        try:
-            status = os.stat(os.path.join(root, file))
-            stamp = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError:  # a dangling link; its header fails too and says so
-            stamp = "missing"
-        digest.update(os.fsencode(file) + b"\0" + stamp.encode() + b"\0")
+    for path, size, mtime_ns in source.stamps:
+        digest.update(os.fsencode(path) + f"\0{size} {mtime_ns}\0".encode())
     return digest.hexdigest()
 
 
-def _read_cache(cache: Path, fingerprint: str) -> pa.Table | None:
-    """The cached table, or None where there is none, it is damaged, or the files have changed."""
+def _open_current(path: Path, fingerprint: str) -> IndexFile | None:
+    """The cached index, or None where there is none, it is damaged, or the source has changed."""
     try:
-        table = pq.read_table(cache)
-    except (OSError, pa.ArrowException):
+        file = IndexFile(str(path))
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
-    return table if (table.schema.metadata or {}).get(b"fingerprint") == fingerprint.encode() else None
+    return file if file.header.get("fingerprint") == fingerprint else None
 
 
-def _write_cache(table: pa.Table, cache: Path, fingerprint: str) -> None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-    pq.write_table(table.replace_schema_metadata({"fingerprint": fingerprint}), temporary)
-    os.replace(temporary, cache)
+def _write(path: Path, source: Source, listing: Listing, headers: list[Header], fingerprint: str) -> None:
+    rows = listing.rows
+    languages = sorted({row.language for row in rows if row.language is not None})
+    if len(languages) > _MAX_LANGUAGES:
+        raise DataError(
+            f"{source.name} has {len(languages):,} languages, the first being {languages[0]!r}; at most "
+            f"{_MAX_LANGUAGES:,} can be told apart; name another column of languages."
+        )
+    number = {language: position for position, language in enumerate(languages)}
+    columns = {
+        "name": pa.array([row.name for row in rows], pa.large_string()),
+        "container": pa.array([row.container for row in rows], pa.int32()),
+        "offset": pa.array([row.offset for row in rows], pa.int64()),
+        "length": pa.array([row.length for row in rows], pa.int64()),
+        "mtime_ns": pa.array([row.mtime_ns for row in rows], pa.int64()),
+        "num_samples": pa.array([header.num_samples for header in headers], pa.int64()),
+        "language": pa.array([-1 if row.language is None else number[row.language] for row in rows], pa.int16()),
+        "reason": pa.array([header.reason for header in headers], pa.string()),
+    }
+    header = {
+        "fingerprint": fingerprint,
+        "root": source.root,
+        "label": source.label,
+        "containers": listing.containers,
+        "languages": languages,
+    }
+    write_index(path, columns, header)
+    forget_journals(path)
 
 
-def _read_headers(root: str, files: list[str], progress: bool) -> pa.Table:
-    """One row per file: path, num_samples (0 if unusable), reason (null if usable)."""
-    chunks = [files[first : first + _CHUNK_FILES] for first in range(0, len(files), _CHUNK_FILES)]
-    rows: list[tuple[str, int, str | None]] = []
-    bar = tqdm(total=len(files), desc="reading headers", unit="file", disable=not progress, file=sys.stderr)
-    with bar, ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for chunk in pool.map(lambda chunk: [_read_header(root, file) for file in chunk], chunks):
-            rows += chunk
-            bar.update(len(chunk))
-    paths, num_samples, reasons = zip(*rows, strict=True)
-    return pa.table(
-        {
-            "path": pa.array(paths, pa.string()),
-            "num_samples": pa.array(num_samples, pa.int64()),
-            "reason": pa.array(reasons, pa.string()),
-        }
+def _as_index(file: IndexFile, source: Source, flag: str) -> tuple[AudioIndex, list[Skipped]]:
+    skipped = [Skipped(file.shown(row), reason) for row, reason in file.reasons()]
+    if len(file.usable) == 0:
+        first = f" First: {skipped[0].path} ({skipped[0].reason})." if skipped else ""
+        raise DataError(
+            f"{flag} ({source.name}) must hold audio files that can be read; all {len(file)} found cannot.{first}"
+        )
+    languages: list[str] = file.header["languages"]
+    tags = file.languages[file.usable]
+    names = list(languages)
+    if (tags < 0).any():  # the rest goes by the source's own name
+        tags = np.where(tags < 0, len(names), tags).astype(np.int16)
+        names.append(source.label)
+    index = AudioIndex(
+        root=source.root if source.identity.startswith("folder ") else source.name,
+        files=(file,),
+        num_samples=file.num_samples[file.usable],
+        ids=np.arange(len(file.usable)),
+        tags=tags,
+        tag_names=names,
+        tag_sources=[0] * len(names),
     )
-
-
-def _read_header(root: str, file: str) -> tuple[str, int, str | None]:
-    try:
-        file.encode()
-    except UnicodeEncodeError:  # Parquet holds UTF-8 only
-        return os.fsencode(file).decode(errors="replace"), 0, "file name not UTF-8"
-    try:
-        return file, read_num_samples(os.path.join(root, file)), None
-    except AudioError as error:
-        return file, 0, error.reason
+    return index, skipped

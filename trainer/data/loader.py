@@ -63,11 +63,10 @@ class UtteranceDataset(Dataset[Batch]):
         """Waveform of each row that decodes; the others are appended to ``skipped``."""
         decoded = {}
         for row in rows:
-            path = self.index.path(row)
             try:
-                waveform = decode(path, self._crop_start(spec, row), spec.num_samples)
+                waveform = decode(self.index.place(row), self._crop_start(spec, row), spec.num_samples)
             except AudioError as error:
-                skipped.append(Skipped(path, error.reason))
+                skipped.append(Skipped(self.index.path(row), error.reason))
             else:
                 decoded[row] = normalise(waveform)
         return decoded

@@ -14,6 +14,7 @@ from trainer.arguments import PretrainArguments
 from trainer.data.batching import epoch_batches
 from trainer.data.collate import MaskSettings
 from trainer.data.frames import FrameGeometry
+from trainer.data.rows import DataError
 from trainer.data.workers import signals_blocked
 from trainer.errors import RunWentBad, UserError
 from trainer.layout import METRICS_FILE, SKIPPED_FILE
@@ -36,7 +37,7 @@ from trainer.run.checkpoint import (
     space_needed,
     verify_together,
 )
-from trainer.run.corpus import Corpus, SkippedLog, batching_of, describe, fingerprint, open_corpus
+from trainer.run.corpus import Corpus, batching_of, describe, fingerprint, open_corpus
 from trainer.run.ds_config import ds_config_of, partitioning
 from trainer.run.engine import Engine, build_engine, check_zero_section, is_main_process, launched_ranks
 from trainer.run.launcher_settings import take_over_launcher_settings
@@ -58,6 +59,7 @@ from trainer.run.run_folder import (
 )
 from trainer.run.self_check import check_gradient_scale
 from trainer.run.signals import StopRequest
+from trainer.run.skipped import SkippedLog
 from trainer.run.storage import on_main_rank, scarce_room, too_little_room
 from trainer.run.trackers import check_tracker, start_tracker
 from trainer.run.watchdog import PATIENCE_SECONDS, Watchdog
@@ -78,6 +80,8 @@ def pretrain(arguments: PretrainArguments) -> int:
     except RunWentBad:  # all ranks find out at the same update, so all of them get here
         run.close()
         raise
+    except DataError as error:  # nothing decodes any more: that is not what was asked for at the start
+        raise RunWentBad(str(error)) from error
     run.close()  # not after other errors: one rank alone would wait here for the others, its message unseen
     return code
 
@@ -86,13 +90,11 @@ def build(arguments: PretrainArguments) -> Run | None:
     """Put a run together, resumed where asked; None where nothing is left to do. Raises `UserError`."""
     check_tracker(arguments.report_to)
     ds_config = _ds_config(arguments)
-    place = None if arguments.preprocessing_only else _find_place(arguments, ds_config)
-    config = _model_config(arguments, None if place is None else place.checkpoint)
+    place = _find_place(arguments, ds_config)
+    config = _model_config(arguments, place.checkpoint)
     geometry = FrameGeometry(tuple(config.conv_kernel), tuple(config.conv_stride))
     corpus = open_corpus(arguments, geometry, progress=is_main_process())
     _say(describe(corpus))
-    if place is None:
-        return None
     # the main process alone, for counting takes seconds; the others wait for it in the process group
     demand = _demand(arguments, config, ds_config, corpus, card_bytes_here() if is_main_process() else None)
     create_run_folder(place.folder)
@@ -108,8 +110,8 @@ def build(arguments: PretrainArguments) -> Run | None:
         check_gradient_scale(engine, ds_config)
     if not engine.same_on_all_ranks(fingerprint(corpus)):
         raise UserError(
-            f"dataset_name ({arguments.dataset_name}) does not hold the same audio for all ranks: rank {engine.rank} "
-            f"has {len(corpus.train):,} utterances to train on; give all machines the same data, or --overwrite_cache."
+            f"dataset_name ({corpus.train.root}) does not hold the same audio for all ranks: rank {engine.rank} has "
+            f"{len(corpus.train):,} utterances to train on; give all machines the same data, or --overwrite_cache."
         )
     place = _verify(engine, place, arguments, ds_config, config)
     max_train_steps = _max_train_steps(arguments, corpus, engine.world_size, place.state)
@@ -122,7 +124,7 @@ def build(arguments: PretrainArguments) -> Run | None:
         return None
     with explaining_out_of_memory(demand):
         totals = _restore(engine, place, arguments)
-    skipped = SkippedLog(place.folder / SKIPPED_FILE)
+    skipped = SkippedLog(place.folder / SKIPPED_FILE, int(arguments.max_skipped_fraction * corpus.num_files))
     if engine.is_main:
         skipped.add(corpus.skipped)
     resumed = place.checkpoint is not None

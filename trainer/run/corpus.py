@@ -2,10 +2,12 @@
 
 import contextlib
 import fcntl
+import hashlib
+import itertools
 import os
 import sys
+import time
 import zlib
-from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,11 +17,24 @@ from trainer.data.audio import SAMPLE_RATE
 from trainer.data.batching import Batching, Cursor, shard_validation, validation_batches
 from trainer.data.collate import Batch, MaskSettings
 from trainer.data.frames import FrameGeometry
-from trainer.data.index import AudioIndex, Skipped, build_index, filter_by_duration, split_validation
+from trainer.data.index import (
+    AudioIndex,
+    build_index,
+    built_since,
+    concatenate,
+    filter_by_duration,
+    find_index,
+    split_validation,
+)
 from trainer.data.loader import UtteranceDataset, Window, training_windows, validation_loader
+from trainer.data.rows import Request, Skipped
 from trainer.errors import UserError
+from trainer.run.skipped import count_reasons, write_skipped
 
 _FEWEST_FRAMES = 2  # one to predict and one to tell it from
+
+
+_STARTED = time.time()
 
 
 class Corpus(NamedTuple):
@@ -29,6 +44,11 @@ class Corpus(NamedTuple):
     validation: AudioIndex
     skipped: list[Skipped]
     num_too_short: int
+
+    @property
+    def num_files(self) -> int:
+        """All that were found, usable or not."""
+        return len(self.train) + len(self.validation) + len(self.skipped) + self.num_too_short
 
 
 def index_cache_folder(arguments: PretrainArguments) -> str:
@@ -42,35 +62,80 @@ def index_cache_folder(arguments: PretrainArguments) -> str:
 def open_corpus(arguments: PretrainArguments, geometry: FrameGeometry, progress: bool) -> Corpus:
     """Index (or read the index of) the data, without needing a process group.
 
-    Every rank calls it; the first one on a machine builds, the others wait for the file. Raises `UserError`.
+    Every rank calls it before they meet, so none waits in a collective while another reads headers. Raises `UserError`.
     """
-    assert arguments.dataset_name is not None  # the arguments' own rule
-    index, skipped = _open_folder("dataset_name", arguments.dataset_name, arguments, progress)
+    index, skipped = open_sources(arguments, "dataset_name", progress)
     shortest = max(arguments.min_duration_in_seconds, geometry.min_samples(_FEWEST_FRAMES) / SAMPLE_RATE)
     index, num_too_short = filter_by_duration(index, shortest)
     if arguments.validation_dataset_name is None:
         train, validation = split_validation(index, arguments.validation_split_percentage, arguments.seed)
     else:
         train = index
-        validation, more_skipped = _open_folder(
-            "validation_dataset_name", arguments.validation_dataset_name, arguments, progress
-        )
-        validation, _ = filter_by_duration(validation, shortest)
-        skipped = skipped + more_skipped
+        validation, more_skipped = open_sources(arguments, "validation_dataset_name", progress)
+        validation, more_too_short = filter_by_duration(validation, shortest)
+        skipped, num_too_short = skipped + more_skipped, num_too_short + more_too_short
     return Corpus(train, validation, skipped, num_too_short)
 
 
-def _open_folder(
-    flag: str, folder: str, arguments: PretrainArguments, progress: bool
-) -> tuple[AudioIndex, list[Skipped]]:
+def open_sources(arguments: PretrainArguments, flag: str, progress: bool) -> tuple[AudioIndex, list[Skipped]]:
+    """The utterances of all sources that a flag names, and the files that cannot be used.
+
+    Raises:
+        UserError: a source is not there or holds no audio, or more than `--max_skipped_fraction` cannot be used.
+    """
+    opened = [_open_source(request, arguments, progress) for request in requests_of(arguments, flag)]
+    index = concatenate([each for each, _ in opened])
+    skipped = [item for _, items in opened for item in items]
+    num_files = len(index) + len(skipped)
+    if len(skipped) > arguments.max_skipped_fraction * num_files:
+        listed = list_skipped(arguments, flag, skipped)
+        raise UserError(
+            f"max_skipped_fraction ({arguments.max_skipped_fraction:g}) must not be exceeded: {len(skipped):,} of "
+            f"{num_files:,} files of {flag} cannot be used ({count_reasons(skipped)}); they are listed in {listed}. "
+            "Mend or remove them, or raise --max_skipped_fraction."
+        )
+    return index, skipped
+
+
+def requests_of(arguments: PretrainArguments, flag: str) -> list[Request]:
+    """The sources that `dataset_name` or `validation_dataset_name` stands for."""
+    names: list[str] = getattr(arguments, flag)
+    configs, splits = arguments.dataset_config_names, arguments.dataset_split_names
+    if flag == "dataset_name" and (configs or splits):
+        pairs = itertools.zip_longest(configs or [], splits or [])
+        parts = [(names[0], config, split) for config, split in pairs]
+    else:
+        parts = [_parts(name) for name in names]
+    return [
+        Request(
+            name, config, split, arguments.audio_column_name, arguments.language_column_name, arguments.cache_dir, flag
+        )
+        for name, config, split in parts
+    ]
+
+
+def _parts(name: str) -> tuple[str, str | None, str | None]:
+    """NAME:CONFIG:SPLIT taken apart; a path may hold colons itself."""
+    if os.path.exists(name) or ":" not in name:
+        return name, None, None
+    name, config, split = [*name.split(":", 2), ""][:3]
+    return name, config or None, split or None
+
+
+def _open_source(request: Request, arguments: PretrainArguments, progress: bool) -> tuple[AudioIndex, list[Skipped]]:
+    """Only the first process builds an index that is missing or out of date; others wait for it, then read it."""
     cache = index_cache_folder(arguments)
-    with _one_process_at_a_time(cache):
-        return build_index(folder, cache, progress, rebuild=arguments.overwrite_cache, flag=flag)
+    if not arguments.overwrite_cache and (found := find_index(request, cache)) is not None:
+        return found
+    with _one_process_at_a_time(cache, progress):
+        # Another rank of this run may just have done it.
+        rebuild = arguments.overwrite_cache and not built_since(request, cache, _STARTED)
+        return build_index(request, cache, progress, rebuild, arguments.preprocessing_num_workers)
 
 
 @contextlib.contextmanager
-def _one_process_at_a_time(folder: str) -> Iterator[None]:
-    """Hold a lock file in `folder`, so that ranks on one machine do not read the same headers at once."""
+def _one_process_at_a_time(folder: str, progress: bool) -> Iterator[None]:
+    """Hold a lock file in `folder`, so that ranks, and runs on a cluster, do not read the same headers at once."""
     try:
         os.makedirs(folder, exist_ok=True)
         lock = open(os.path.join(folder, ".lock"), "w", encoding="utf-8")  # noqa: SIM115 (closed below)
@@ -78,8 +143,23 @@ def _one_process_at_a_time(folder: str) -> Iterator[None]:
         raise UserError(f"cache_dir ({folder}) cannot be written: {error.strerror}; set --cache_dir.") from error
     with lock:
         with contextlib.suppress(OSError):  # a file system without locks: then ranks do the same work side by side
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if progress:
+                    print(f"waiting for another process that is building an index in {folder}", file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def list_skipped(arguments: PretrainArguments, flag: str, skipped: Iterable[Skipped]) -> Path:
+    """Write the files that cannot be used to a `skipped.tsv` beside the index; returns where. Raises `UserError`."""
+    names = "\n".join(getattr(arguments, flag))
+    folder = Path(index_cache_folder(arguments)) / hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
+    try:
+        return write_skipped(folder, skipped)
+    except OSError as error:
+        raise UserError(f"cache_dir ({folder}) cannot be written: {error.strerror}; set --cache_dir.") from error
 
 
 def fingerprint(corpus: Corpus) -> int:
@@ -100,8 +180,7 @@ def describe(corpus: Corpus) -> str:
     if corpus.num_too_short:
         text += f"; {corpus.num_too_short:,} too short"
     if corpus.skipped:
-        reasons = Counter(item.reason for item in corpus.skipped)
-        text += f"; {len(corpus.skipped):,} files skipped ({', '.join(f'{k}: {v:,}' for k, v in reasons.items())})"
+        text += f"; {len(corpus.skipped):,} files skipped ({count_reasons(corpus.skipped)})"
     return text
 
 
@@ -163,44 +242,3 @@ def validation_stream(
     )
     dataset = UtteranceDataset(index, geometry, masks, arguments.seed, random_crop=False)
     return validation_loader(dataset, shard_validation(specs, rank, world_size), arguments.num_workers, pin_memory)
-
-
-class SkippedLog:
-    """`skipped.tsv`: each file that was left out, once, with the reason; ranks append to the same file.
-
-    `failure` keeps the first `OSError` for a moment when all ranks can learn of it: one rank alone meets a broken file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.failure: OSError | None = None
-        self.seen = self._listed()
-
-    def _listed(self) -> set[str]:
-        if not self.path.exists():
-            return set()
-        return {line.split("\t")[0] for line in self.path.read_text(encoding="utf-8").splitlines()}
-
-    def add(self, items: Iterable[Skipped]) -> None:
-        """List the files that are not listed yet."""
-        for item in items:
-            name = item.path.encode("unicode_escape").decode("ascii")  # a name may hold a tab or a newline
-            if name in self.seen:
-                continue
-            try:
-                self._append(name, item.reason)
-            except OSError as error:
-                self.failure = self.failure or error
-            self.seen.add(name)
-
-    def _append(self, name: str, reason: str) -> None:
-        self.seen |= self._listed()  # another rank may have met the file
-        if name not in self.seen:
-            print(f"skipped {name}: {reason}", file=sys.stderr)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{name}\t{reason}\n")
-
-    def raise_failure(self) -> None:
-        """Raise the `OSError` of a file that could not be listed, if there was one."""
-        if self.failure is not None:
-            raise self.failure

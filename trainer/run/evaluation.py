@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import torch
 
 from trainer.data.collate import Batch
-from trainer.run.corpus import SkippedLog
 from trainer.run.engine import Engine
 from trainer.run.metrics import Totals, means
+from trainer.run.skipped import SkippedLog
 from trainer.run.steps import audio_seconds, forward
 
 

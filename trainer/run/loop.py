@@ -19,13 +19,14 @@ from trainer.memory.demand import Demand
 from trainer.model.schedules import gumbel_temperature, learning_rate
 from trainer.model.sizes import ModelConfig
 from trainer.run.checkpoint import TrainerState, save_checkpoint
-from trainer.run.corpus import Corpus, SkippedLog, training_stream, validation_stream
+from trainer.run.corpus import Corpus, training_stream, validation_stream
 from trainer.run.engine import Engine, StepResult
 from trainer.run.evaluation import evaluate
 from trainer.run.guard import Guard, check_collapse, has_collapsed
 from trainer.run.metrics import Totals, append_line, means
 from trainer.run.progress import Progress
 from trainer.run.signals import StopRequest
+from trainer.run.skipped import SkippedLog
 from trainer.run.steps import audio_seconds, dropped_layers, forward, seed_micro_batch
 from trainer.run.storage import on_all_ranks
 from trainer.run.trackers import track
@@ -196,15 +197,16 @@ class Run:
         """Append to the metrics, and end the run where a rank could not write its lines since the last time."""
         path = self.folder / METRICS_FILE
 
-        def append() -> None:
+        def append() -> list[str]:
             if self.engine.is_main:
                 append_line(path, line)
-            self.skipped.raise_failure()
+            return self.skipped.take_unshared()
 
         what = f"{path.name} or {SKIPPED_FILE} in {self.folder}"
-        on_all_ranks(self.engine, what, append, "mend that, then go on with --resume latest.")
+        skipped = on_all_ranks(self.engine, what, append, "mend that, then go on with --resume latest.")
         track(self.engine, line)
         self.progress.show(line)
+        self.skipped.share(skipped)
 
     def _write_model_files(self, folder: Path) -> None:
         self.config.save_pretrained(folder)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trainer.convert.card import RunRecord, read_run
+from trainer.convert.card import RunRecord, _training, read_run
 from trainer.convert.conversion import convert
 
 
@@ -38,6 +38,11 @@ def test_what_the_run_folder_tells_up_to_the_checkpoint(plain_run: Any, tmp_path
     assert validation.startswith("| `contrastive_loss` | 4.25 |\n| `code_perplexity` | 31.5 |\n\n")
     for left_out in ("secret", "/data", "accuracy", "max_grad_norm", "None"):
         assert left_out not in card, left_out
+
+
+def test_several_sources_are_named() -> None:
+    run = RunRecord({"dataset_name": ["/data/one.tsv", "owner/two"]}, 2.5, {})
+    assert "2.50 hours of audio of `one.tsv`, `two`, repetitions" in "".join(_training(run))
 
 
 def test_what_is_unknown_is_left_out(plain_run: Any, tmp_path: Path) -> None:

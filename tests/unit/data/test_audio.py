@@ -97,9 +97,11 @@ def test_a_crop_does_not_decode_what_comes_before(write_audio: WriteAudio) -> No
 def test_truncated_file(write_audio: WriteAudio, name: str, rate: int) -> None:
     path = write_audio(name, 4.0, rate)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    promised = read_num_samples(str(path))
-    assert promised == 64_000
-    for start, num_samples in [(0, promised), (50_000, 10_000)]:
+    try:
+        assert read_num_samples(str(path)) == 64_000
+    except AudioError as found:  # a FLAC header tells how short a frame can be, and so many may not fit
+        assert name == "a.flac" and found.reason == "truncated or damaged"
+    for start, num_samples in [(0, 64_000), (50_000, 10_000)]:
         with pytest.raises(AudioError) as error:
             decode(str(path), start, num_samples)
         assert error.value.reason == "truncated or damaged"
@@ -160,7 +162,7 @@ def streamed_flac(folder: Path) -> Path:
     [
         (content(b""), "unreadable"),
         (content(b"This is not audio.\n" * 100), "unreadable"),
-        (lambda folder: folder / "missing.wav", "unreadable"),
+        (lambda folder: folder / "missing.wav", "missing"),
         (no_samples, "empty"),
         (streamed_flac, "length unknown"),
         (spoilt("nan.wav", np.nan), "not finite"),
@@ -173,7 +175,7 @@ def streamed_flac(folder: Path) -> Path:
 def test_bad_files_name_the_reason(tmp_path: Path, write: Callable[[Path], Path], reason: str) -> None:
     path = write(tmp_path)
     with pytest.raises(AudioError) as error:
-        decode(str(path), 0, 16_000 if reason not in ("unreadable", "empty") else 1)
+        decode(str(path), 0, 16_000 if reason not in ("unreadable", "missing", "empty") else 1)
     assert error.value.reason == reason
 
 

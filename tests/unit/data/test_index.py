@@ -3,10 +3,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-import trainer.data.index as index_module
+import trainer.data.index_build as build_module
 from trainer.data.audio import read_num_samples
 from trainer.data.index import (
     AudioIndex,
@@ -14,8 +13,10 @@ from trainer.data.index import (
     Skipped,
     build_index,
     filter_by_duration,
+    find_index,
     split_validation,
 )
+from trainer.data.rows import Request
 
 WriteAudio = Callable[..., Path]
 
@@ -29,14 +30,14 @@ def headers_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         read.append(path)
         return read_num_samples(path)
 
-    monkeypatch.setattr(index_module, "read_num_samples", spy)
+    monkeypatch.setattr(build_module, "read_num_samples", spy)
     return read
 
 
 def index_of(seconds: list[float]) -> AudioIndex:
     num_samples = (np.array(seconds) * 16_000).astype(np.int64)
-    paths = pa.array([f"{row}.wav" for row in range(len(seconds))])
-    return AudioIndex("/corpus", paths, num_samples, np.arange(len(seconds)))
+    tags = (np.arange(len(seconds)) % 2).astype(np.int16)
+    return AudioIndex("/corpus", (), num_samples, np.arange(len(seconds)), tags, ["de", "en"], [0, 0])
 
 
 def test_rows_are_the_files_in_order(tmp_path: Path, write_audio: WriteAudio) -> None:
@@ -60,15 +61,15 @@ def test_unreadable_files_are_skipped_and_remembered(
     (corpus / "empty.flac").touch()
     (corpus / "dangling.mp3").symlink_to("nowhere")
     first = build_index(str(corpus), str(tmp_path / "cache"), progress=False)
-    unreadable = ["dangling.mp3", "empty.flac", "text.wav"]
-    assert first[1] == [Skipped(str(corpus / name), "unreadable") for name in unreadable]
+    reasons = {"dangling.mp3": "missing", "empty.flac": "unreadable", "text.wav": "unreadable"}
+    assert first[1] == [Skipped(str(corpus / name), reason) for name, reason in reasons.items()]
     assert len(first[0]) == 20
     assert len(headers_read) == 23
     headers_read.clear()
     again = build_index(str(corpus), str(tmp_path / "cache"), progress=False)
     assert headers_read == []
     assert again[1] == first[1]
-    assert again[0].paths.to_pylist() == first[0].paths.to_pylist()
+    assert [again[0].path(row) for row in range(20)] == [first[0].path(row) for row in range(20)]
     np.testing.assert_array_equal(again[0].num_samples, first[0].num_samples)
 
 
@@ -79,36 +80,57 @@ def test_a_name_that_is_not_utf8_is_skipped(tmp_path: Path, corpus: Path) -> Non
     assert [entry.reason for entry in skipped] == ["file name not UTF-8"]
 
 
-def add(corpus: Path) -> None:
+def add(corpus: Path) -> list[str]:
     (corpus / "new.flac").write_bytes((corpus / "0/00.flac").read_bytes())
+    return ["new.flac"]
 
 
-def remove(corpus: Path) -> None:
+def remove(corpus: Path) -> list[str]:
     (corpus / "0/00.flac").unlink()
+    return []
 
 
-def rename(corpus: Path) -> None:
+def rename(corpus: Path) -> list[str]:
     (corpus / "0/00.flac").rename(corpus / "0/zz.flac")
+    return ["0/zz.flac"]
 
 
-def rewrite(corpus: Path) -> None:
+def rewrite(corpus: Path) -> list[str]:
     (corpus / "0/00.flac").write_bytes((corpus / "1/01.flac").read_bytes())
+    return ["0/00.flac"]
 
 
-def touch(corpus: Path) -> None:
+def touch(corpus: Path) -> list[str]:
     os.utime(corpus / "0/00.flac", ns=(1, 1))
+    return ["0/00.flac"]
 
 
 @pytest.mark.parametrize("change", [add, remove, rename, rewrite, touch])
-def test_a_changed_folder_is_read_again(
-    tmp_path: Path, corpus: Path, headers_read: list[str], change: Callable[[Path], None]
+def test_of_a_changed_folder_what_changed_is_read(
+    tmp_path: Path,
+    corpus: Path,
+    headers_read: list[str],
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Path], list[str]],
 ) -> None:
     build_index(str(corpus), str(tmp_path / "cache"), progress=False)
     headers_read.clear()
-    change(corpus)
-    index, _ = build_index(str(corpus), str(tmp_path / "cache"), progress=False)
-    assert sorted(headers_read) == [index.path(row) for row in range(len(index))]
+    changed = change(corpus)
+    assert find_index(Request(str(corpus)), str(tmp_path / "cache")) is None
+    index, _ = build_index(str(corpus), str(tmp_path / "cache"), progress=True)
+    assert headers_read == [str(corpus / name) for name in changed]
+    said = f"{corpus} has changed: index built again, {len(changed)} of {len(index)} headers read"
+    assert said in capsys.readouterr().err
     assert len(list((tmp_path / "cache").iterdir())) == 1
+    fresh, _ = build_index(str(corpus), str(tmp_path / "other"), progress=False)
+    assert [index.path(row) for row in range(len(index))] == [fresh.path(row) for row in range(len(fresh))]
+    np.testing.assert_array_equal(index.num_samples, fresh.num_samples)
+
+
+def test_rebuilding_on_request_reads_all(tmp_path: Path, corpus: Path, headers_read: list[str]) -> None:
+    build_index(str(corpus), str(tmp_path / "cache"), progress=False)
+    build_index(str(corpus), str(tmp_path / "cache"), progress=False, rebuild=True)
+    assert len(headers_read) == 40
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 not really", None])
@@ -160,7 +182,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 def test_folder_without_audio(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"must hold audio files .* none was found"):
+    with pytest.raises(DataError, match=r"must hold audio files .*; none was found"):
         build_index(str(tmp_path), str(tmp_path / "cache"), progress=False)
 
 
@@ -174,7 +196,7 @@ def test_filter_keeps_rows_that_are_just_long_enough() -> None:
     kept, num_dropped = filter_by_duration(index_of([0.5, 2.0, 1.99, 30.0]), min_seconds=2.0)
     assert num_dropped == 2
     assert kept.ids.tolist() == [1, 3]
-    assert kept.path(1) == "/corpus/3.wav"
+    assert kept.tags.tolist() == [1, 1]
     assert kept.num_samples.tolist() == [32_000, 480_000]
 
 

@@ -32,7 +32,7 @@ def start(tmp_path: Path) -> Path:
 
 
 def _arguments(**values: Any) -> PretrainArguments:
-    return PretrainArguments(dataset_name="speech", output_dir="run", **values)
+    return PretrainArguments(dataset_name=["speech"], output_dir="run", **values)
 
 
 def test_the_configuration_comes_from_the_weights_unless_one_is_named(start: Path) -> None:
@@ -75,7 +75,7 @@ def test_what_is_frozen_cannot_change_on_resume() -> None:
 
 def test_epochs_end_where_their_data_does_however_it_was_split() -> None:
     """40 micro-batches of one utterance, twice: 40 updates of 2, or 10 of them and 60 of 1, or 10, 20 and 20."""
-    index = AudioIndex("", [], np.arange(40), np.full(40, 16_000))
+    index = AudioIndex("", (), np.full(40, 16_000), np.arange(40), np.zeros(40, np.int16), ["speech"], [0])
     corpus = Corpus(index, index, [], 0)
     arguments = _arguments(num_train_epochs=2, per_device_train_batch_size=1)
 
@@ -98,7 +98,8 @@ def test_a_checkpoint_that_does_not_tell_its_micro_batches_had_this_split() -> N
 
 def test_a_run_that_its_card_will_not_hold_is_warned_with_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = _arguments(model_name_or_path="demo", per_device_train_batch_size=500, max_duration_in_seconds=4.0)
-    index = AudioIndex("", [], np.full(600, 3 * SAMPLE_RATE), np.arange(600))
+    tags = np.zeros(600, np.int16)
+    index = AudioIndex("", (), np.full(600, 3 * SAMPLE_RATE), np.arange(600), tags, ["speech"], [0])
     corpus = Corpus(index, index, [], 0)
     config = _model_config(arguments, None)
     for card_bytes, warned in ((None, False), (80 * 10**9, False), (4 * 10**9, True)):

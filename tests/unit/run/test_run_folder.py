@@ -27,7 +27,7 @@ from trainer.run.run_folder import (
 
 
 def _arguments(folder: Path, resume: str | None = None) -> PretrainArguments:
-    return PretrainArguments(dataset_name="speech", output_dir=str(folder), resume=resume)
+    return PretrainArguments(dataset_name=["speech"], output_dir=str(folder), resume=resume)
 
 
 def _checkpoint(run: Path) -> Path:
@@ -125,9 +125,9 @@ def test_changed_settings_are_listed(tmp_path: Path) -> None:
     before = _arguments(tmp_path)
     (tmp_path / "config.yaml").write_text(dump_recipe(before))
     assert changed_settings(tmp_path, before) == []
-    after = PretrainArguments(dataset_name="speech", output_dir=str(tmp_path), seed=3, max_train_steps=5)
+    after = PretrainArguments(dataset_name=["speech"], output_dir=str(tmp_path), seed=3, max_train_steps=5)
     assert changed_settings(tmp_path, after) == ["max_train_steps: None -> 5", "seed: 0 -> 3"]
-    started = PretrainArguments(dataset_name="speech", output_dir=str(tmp_path), init_from="elsewhere")
+    started = PretrainArguments(dataset_name=["speech"], output_dir=str(tmp_path), init_from="elsewhere")
     assert changed_settings(tmp_path, started) == []  # not read by a run that goes on
     (tmp_path / "config.yaml").write_text("")  # the disk was full
     assert changed_settings(tmp_path, after) == []

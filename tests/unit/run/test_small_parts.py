@@ -15,11 +15,11 @@ import torch
 from trainer.data.index import Skipped
 from trainer.errors import RunWentBad, UserError
 from trainer.model.pretraining import LossTerms
-from trainer.run.corpus import SkippedLog
 from trainer.run.guard import MAX_SKIPPED_IN_A_ROW, Guard
 from trainer.run.metrics import Totals, append_line, drop_lines_after, means
 from trainer.run.progress import Progress
 from trainer.run.signals import StopRequest
+from trainer.run.skipped import SkippedLog
 from trainer.run.steps import dropped_layers, seed_micro_batch
 from trainer.run.trackers import check_tracker, wandb_reachable
 
@@ -133,20 +133,39 @@ def test_without_a_terminal_each_line_is_printed(capsys: pytest.CaptureFixture[s
 
 
 def test_a_skipped_file_that_cannot_be_listed_is_told_later(tmp_path: Path) -> None:
-    log = SkippedLog(tmp_path / "missing" / "skipped.tsv")
-    log.raise_failure()
+    log = SkippedLog(tmp_path / "missing" / "skipped.tsv", most=9)
+    assert log.take_unshared() == []
     log.add([Skipped("a.wav", "empty")])  # one rank alone gets here, and must not leave the others waiting
     with pytest.raises(FileNotFoundError):
-        log.raise_failure()
+        log.take_unshared()
 
 
 def test_skipped_files_are_listed_once_across_ranks(tmp_path: Path) -> None:
-    first, second = SkippedLog(tmp_path / "skipped.tsv"), SkippedLog(tmp_path / "skipped.tsv")
+    first, second = (SkippedLog(tmp_path / "skipped.tsv", most=9) for _ in range(2))
     first.add([Skipped("/a\tb\n.wav", "empty")])
     second.add([Skipped("/a\tb\n.wav", "empty"), Skipped("/c.wav", "silent")])
     first.add([Skipped("/c.wav", "silent")])
     lines = (tmp_path / "skipped.tsv").read_text().splitlines()
     assert lines == ["/a\\tb\\n.wav\tempty", "/c.wav\tsilent"]
+
+
+def test_too_many_skipped_files_end_the_run_on_all_ranks(tmp_path: Path) -> None:
+    ranks = [SkippedLog(tmp_path / "skipped.tsv", most=2) for _ in range(2)]
+
+    def met(first: str, second: str) -> list[list[str]]:
+        for rank, names in zip(ranks, (first, second), strict=True):
+            rank.add([Skipped(name, "silent") for name in names])
+        return [rank.take_unshared() for rank in ranks]
+
+    for first, second in [("a", "a"), ("b", ""), ("ab", "b")]:  # the same two files, whoever meets them
+        shared = met(first, second)
+        for rank in ranks:
+            rank.share(shared)
+    shared = met("", "c")
+    assert shared == [[], ["c"]]
+    for rank in ranks:
+        with pytest.raises(RunWentBad, match=r"3 files could not be used, .* allows \(2\)"):
+            rank.share(shared)
 
 
 def test_wandb_is_offline_without_login_or_server(monkeypatch: pytest.MonkeyPatch) -> None:
