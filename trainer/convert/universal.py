@@ -56,7 +56,7 @@ def convert_to_universal(
         raise ConversionError(f"dtype ({dtype}) must be fp32 for a universal checkpoint, from which training goes on.")
     folder = find_checkpoint(source)
     check_destination(out, folder, overwrite=overwrite)
-    checkpoint = open_checkpoint(folder, checksums=verify)
+    checkpoint = open_checkpoint(folder, checksums=verify, tensors=True)
     if not (folder / TRAINER_STATE_FILE).is_file():
         raise ConversionError(
             f"{folder} was not saved by this program, and --to universal takes nothing else; DeepSpeed's own tool is "
@@ -91,7 +91,7 @@ def _files(state: TrainingState, checkpoint: Checkpoint) -> Iterator[tuple[Path,
     """Path and content of every file of the tag, made when it is its turn."""
     step = torch.tensor(float(state.moments.num_updates))
     for weight in state.weights:
-        if Path(weight.name).name != weight.name:
+        if Path(weight.name).name != weight.name or weight.name in ("", ".."):
             raise ConversionError(f"{checkpoint.folder}: {weight.name!r} is not the name of a weight; do not trust it.")
         folder = Path("zero") / weight.name
         yield folder / "fp32.pt", {"param": weight.read().float()}

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from trainer.cli import main
 from trainer.convert.errors import ConversionError
+from trainer.convert.safe_load import safe_load
 from trainer.convert.universal import convert_to_universal
+from trainer.convert.zero import _adam_entries
 
 WORKER = Path(__file__).with_name("load_universal.py")
 REPOSITORY = Path(__file__).parents[3]
@@ -84,3 +86,18 @@ def test_a_name_that_leads_elsewhere_is_refused(plain_run: Any, tmp_path: Path, 
     with pytest.raises(ConversionError, match=r"outside' is not the name of a weight"):
         convert_to_universal(plain_run.folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "outside").exists()
+
+
+def test_a_changed_bit_is_found_in_whatever_is_carried_over(zero_run: Callable[[str], Any], tmp_path: Path) -> None:
+    """Moments too, which `trainer convert` does not read otherwise."""
+    run = zero_run("zero2")
+    path = run.step_folder / "deepspeed" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    moment = _adam_entries(safe_load(path)["optimizer_state_dict"])[0]["exp_avg"]
+    with path.open("r+b") as file:
+        file.seek(moment.part(0, 1).start)
+        byte = file.read(1)[0]
+        file.seek(moment.part(0, 1).start)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(ConversionError, match=r"rank_1_mp_rank_00_optim_states\.pt: CRC-32 is"):
+        convert_to_universal(run.folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
