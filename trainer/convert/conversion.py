@@ -71,7 +71,7 @@ def convert(
         checkpoint = checkpoint._replace(configuration=config_from)
     weights = read_weights(checkpoint)
     num_parameters = sum(math.prod(weight.shape) for weight in weights)
-    with published_folder(out) as staging:
+    with published_folder(out, overwrite=overwrite) as staging:
         write_configuration(staging, checkpoint, target, num_parameters)
         if verify:
             check_names(weights, stock_shapes(staging))

@@ -63,7 +63,7 @@ def convert_to_universal(
             "`python -m deepspeed.checkpoint.ds_to_universal`."
         )
     state = read_training_state(folder, engine=checkpoint.engine, world_size=checkpoint.world_size)
-    with published_folder(out) as staging:
+    with published_folder(out, overwrite=overwrite) as staging:
         for name in ("config.json", "preprocessor_config.json"):
             text = json.dumps(read_json(folder / name), indent=2, sort_keys=True)
             (staging / name).write_text(text + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ from trainer.convert.dtypes import ITEM_BYTES, SAFETENSORS_NAMES, cast
 from trainer.convert.errors import ConversionError
 from trainer.convert.stream import BLOCK_BYTES, OpenFiles, blocks, on_all_cores
 from trainer.convert.weights import Weight, output_dtype
+from trainer.layout import STEP_PREFIX, TRAINER_STATE_FILE
 
 UNITS_BYTES = {
     "KB": 10**3,
@@ -150,11 +151,16 @@ def check_destination(out: Path, checkpoint: Path, *, overwrite: bool) -> None:
     """Refuse an output folder whose replacement would lose something.
 
     Raises:
-        ConversionError: `out` overlaps the checkpoint, is not empty and may not be overwritten, or is no model folder.
+        ConversionError: `out` overlaps a checkpoint, is not empty and may not be overwritten, or is no model folder.
     """
     out, checkpoint = out.resolve(), checkpoint.resolve()
     if out == checkpoint or checkpoint in out.parents or out in checkpoint.parents:
         raise ConversionError(f"out ({out}) must lie apart from the checkpoint ({checkpoint}); choose another folder.")
+    for folder in (out, *out.parents):  # one of another update, or of another run, which has a config.json too
+        if (folder / TRAINER_STATE_FILE).is_file():
+            raise ConversionError(f"out ({out}) must lie apart from the checkpoint ({folder}); choose another folder.")
+    if out.parent == checkpoint.parent and out.name.startswith(STEP_PREFIX):
+        raise ConversionError(f"out ({out}) has the name of a checkpoint among those of the run; choose another name.")
     if out.exists() and not out.is_dir():
         raise ConversionError(f"out ({out}) is a file; choose another folder.")
     if not out.exists() or not any(out.iterdir()):
@@ -168,10 +174,11 @@ def check_destination(out: Path, checkpoint: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def published_folder(out: Path) -> Iterator[Path]:
+def published_folder(out: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """A new folder beside `out` to write into; at the end it reaches the disk and takes the place of `out`.
 
-    After an exception the new folder is gone and `out` is as it was.
+    After an exception the new folder is gone and `out` is as it was. Without `overwrite` that is how a folder ends that
+    something was put into meanwhile.
     """
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +189,10 @@ def published_folder(out: Path) -> Iterator[Path]:
         yield staging
         for path in [*staging.rglob("*"), staging]:
             _fsync(path)
-        _replace(staging, out, retired=out.with_name(f".{out.name}.{unique}.old"))
+        if not overwrite:
+            os.rename(staging, out)  # over an empty folder at most
+        else:
+            _replace(staging, out, retired=out.with_name(f".{out.name}.{unique}.old"))
         _fsync(out.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -205,10 +215,10 @@ def _replace(staging: Path, out: Path, *, retired: Path) -> None:
     os.rename(out, retired)  # a folder cannot be renamed over one that is not empty
     try:
         os.rename(staging, out)
-    except OSError:
+    except BaseException:
         os.rename(retired, out)
         raise
-    shutil.rmtree(retired)
+    shutil.rmtree(retired, ignore_errors=True)  # the new one is in its place, whatever becomes of this
 
 
 def _fsync(path: Path) -> None:

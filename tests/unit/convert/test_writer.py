@@ -198,3 +198,28 @@ def test_destination_rules(tmp_path: Path) -> None:
     check_destination(out, checkpoint, overwrite=True)
     with pytest.raises(ConversionError, match="is a file"):
         check_destination(out / "config.json", checkpoint, overwrite=True)
+
+
+def test_a_checkpoint_is_never_replaced_nor_written_into(tmp_path: Path) -> None:
+    """Those of other updates and runs hold a config.json, as model folders do."""
+    checkpoint, other = (tmp_path / "run" / "checkpoints" / name for name in ("step-00000006", "step-00000002"))
+    for folder in (checkpoint, other):
+        folder.mkdir(parents=True)
+        for name in ("config.json", "trainer_state.json"):
+            (folder / name).write_text("{}")
+    for out in (other, other / "out", other / "new" / "out"):
+        with pytest.raises(ConversionError, match="must lie apart"):
+            check_destination(out, checkpoint, overwrite=True)
+    with pytest.raises(ConversionError, match="has the name of a checkpoint"):
+        check_destination(checkpoint.with_name("step-00000007"), checkpoint, overwrite=False)
+    check_destination(tmp_path / "run" / "out", checkpoint, overwrite=False)
+
+
+def test_what_was_put_there_meanwhile_is_not_replaced_unasked(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match="not empty"), published_folder(out, overwrite=False) as staging:
+        (staging / "new").write_text("new")
+        out.mkdir()
+        (out / "theirs").write_text("theirs")
+    assert [path.name for path in out.iterdir()] == ["theirs"]
+    assert list(tmp_path.iterdir()) == [out]
