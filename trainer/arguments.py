@@ -115,6 +115,11 @@ class PretrainArguments:
         False, "An epoch takes one crop of every utterance, as in fairseq. Not set: as many as make up its length.",
         group="data",
     )  # fmt: skip
+    sampling_alpha: float = flag(
+        1.0, "An epoch takes language l in proportion to (its hours / all hours)^alpha: 1 is the data as it is, 0 all "
+        "languages equally (XLS-R: 0.5). Corpora are balanced in the same way.",
+        group="data", rule=Rule(lambda value: 0 <= value <= 1, "from 0 to 1"),
+    )  # fmt: skip
     num_workers: int = flag(2, "Processes per device that decode audio; 0 decodes in the training process.",
                             group="data", rule=AT_LEAST_ZERO)  # fmt: skip
     max_skipped_fraction: float = flag(

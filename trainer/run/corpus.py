@@ -31,7 +31,7 @@ from trainer.data.index import (
 )
 from trainer.data.loader import UtteranceDataset, Window, training_windows, validation_loader
 from trainer.data.rows import Request, Skipped
-from trainer.data.sampling import takes_by_length
+from trainer.data.sampling import tag_factors, takes_by_length
 from trainer.errors import UserError
 from trainer.run.skipped import count_reasons, write_skipped
 
@@ -78,6 +78,11 @@ def open_corpus(arguments: PretrainArguments, geometry: FrameGeometry, progress:
         validation, more_skipped = open_sources(arguments, "validation_dataset_name", progress)
         validation, more_too_short = filter_by_duration(validation, shortest)
         skipped, num_too_short = skipped + more_skipped, num_too_short + more_too_short
+    if arguments.sampling_alpha < 1 and len(np.unique(train.tags)) < 2:
+        raise UserError(
+            f"sampling_alpha ({arguments.sampling_alpha:g}) must be 1 for audio of one language from one source, as "
+            f"{train.root} is: there is nothing to balance; leave --sampling_alpha out, or name --language_column_name."
+        )
     return Corpus(train, validation, skipped, num_too_short)
 
 
@@ -215,6 +220,10 @@ def _expected_takes(arguments: PretrainArguments, index: AudioIndex, max_length:
     takes = np.ones(len(index))
     if not arguments.one_crop_per_utterance:
         takes = takes_by_length(index.num_samples, max_length)
+    alpha = arguments.sampling_alpha
+    if alpha < 1:
+        taken = takes * np.minimum(index.num_samples, max_length)
+        takes *= tag_factors(index.num_samples, taken, index.tags, index.tag_sources, alpha)[index.tags]
     return None if (takes == 1).all() else takes
 
 
