@@ -75,8 +75,8 @@ def make_corpus(folder: Path, minutes: float) -> dict[str, AudioIndex]:
     rng = np.random.default_rng(SEED)
     paths = sorted(str(path) for path in CORPUS.glob("train/*/*.opus"))
     speech = np.concatenate([decode(path, 0, read_num_samples(path)) for path in paths])
-    utterances = []
-    while sum(map(len, utterances)) < minutes * 60 * SAMPLE_RATE:
+    utterances: list[npt.NDArray[np.float32]] = []
+    while sum(len(utterance) for utterance in utterances) < minutes * 60 * SAMPLE_RATE:
         length = int(np.clip(rng.lognormal(np.log(12), 0.35), 2, 30) * SAMPLE_RATE)
         start = int(rng.integers(0, len(speech) - length))
         utterances.append(speech[start : start + length])
@@ -154,7 +154,9 @@ def decoded_round(dataset: datasets.Dataset) -> Round:
     extractor = feature_extractor()
 
     def load(row: int) -> npt.NDArray[np.float32]:
-        waveform, _ = soundfile.read(io.BytesIO(dataset[row]["audio"]["bytes"]), dtype="float32")
+        waveform: npt.NDArray[np.float32] = soundfile.read(io.BytesIO(dataset[row]["audio"]["bytes"]), dtype="float32")[
+            0
+        ]
         return waveform[: LIMITS.max_samples]
 
     def run(epoch: int) -> float:

@@ -93,7 +93,7 @@ class Batching:
 
 @dataclass(frozen=True, eq=False)
 class Batches(Sequence[BatchSpec]):
-    """The batches of one epoch, in order; kept as arrays, some 20 bytes a row."""
+    """The batches of one epoch, in order; kept as arrays, some 20 bytes an item."""
 
     epoch: int
     rows: npt.NDArray[np.intp]
@@ -104,7 +104,7 @@ class Batches(Sequence[BatchSpec]):
     """Items of each batch, shape [num_batches]."""
     num_samples: _Lengths
     """Length of each batch, shape [num_batches]."""
-    takes: npt.NDArray[np.int64] | None = None
+    takes: npt.NDArray[np.int32] | None = None
     """Number and count of each item's crops, shape [num_items, 2]; None: one of each."""
 
     def __len__(self) -> int:
@@ -146,7 +146,7 @@ def epoch_batches(batching: Batching, epoch: int) -> Batches:
     )
 
 
-def _items(batching: Batching, epoch: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64] | None]:
+def _items(batching: Batching, epoch: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int32] | None]:
     """What an epoch consists of: the row of each item, and which of the row's crops it is."""
     rows = np.arange(len(batching.num_samples))
     if batching.expected_takes is None:
@@ -155,7 +155,7 @@ def _items(batching: Batching, epoch: int) -> tuple[npt.NDArray[np.intp], npt.ND
     if (counts == 1).all():
         return rows, None
     numbers = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(rows, counts), np.stack([numbers, np.repeat(counts, counts)], axis=1)
+    return np.repeat(rows, counts), np.stack([numbers, np.repeat(counts, counts)], axis=1).astype(np.int32)
 
 
 def windows(

@@ -41,7 +41,7 @@ def seconds_taken(corpus: Corpus, batching: Batching, num_epochs: int) -> list[f
         for spec in epoch_batches(batching, epoch):
             for row in spec.rows:
                 seconds[corpus.train.tags[row]] += spec.num_samples / 16_000
-    return (seconds / num_epochs).tolist()
+    return [float(each) for each in seconds / num_epochs]
 
 
 def test_an_epoch_is_the_audio_there_is(sources: list[str], tmp_path: Path) -> None:
