@@ -103,6 +103,23 @@ class PretrainArguments:
         None, "Most seconds of audio in a micro-batch of one device. Not set: the batch size decides alone.",
         group="data", rule=A_FEW_FRAMES,
     )  # fmt: skip
+    no_crop: bool = flag(
+        False, "Pad utterances to the longest of the batch instead of cropping them to the shortest; those beyond "
+        "max_duration_in_seconds are cropped to it all the same. max_batch_seconds counts padding.",
+        group="data",
+    )  # fmt: skip
+    pad_to_multiple_of: int | None = flag(
+        None, "With --no_crop: pad batches to a multiple of this many samples.", group="data", rule=POSITIVE
+    )
+    one_crop_per_utterance: bool = flag(
+        False, "An epoch takes one crop of every utterance, as in fairseq. Not set: as many as make up its length.",
+        group="data",
+    )  # fmt: skip
+    sampling_alpha: float = flag(
+        1.0, "An epoch takes language l in proportion to (its hours / all hours)^alpha: 1 is the data as it is, 0 all "
+        "languages equally (XLS-R: 0.5). Corpora are balanced in the same way.",
+        group="data", rule=Rule(lambda value: 0 <= value <= 1, "from 0 to 1"),
+    )  # fmt: skip
     num_workers: int = flag(2, "Processes per device that decode audio; 0 decodes in the training process.",
                             group="data", rule=AT_LEAST_ZERO)  # fmt: skip
     max_skipped_fraction: float = flag(
@@ -479,6 +496,17 @@ def _conflicts(arguments: PretrainArguments) -> list[str]:
         problems.append(
             f"max_batch_seconds ({arguments.max_batch_seconds}) must be at least min_duration_in_seconds "
             f"({arguments.min_duration_in_seconds}), or no utterance fits; raise it or lower the minimum."
+        )
+    if arguments.pad_to_multiple_of is not None and not arguments.no_crop:
+        problems.append(
+            f"pad_to_multiple_of ({arguments.pad_to_multiple_of}) needs no_crop: batches that are cropped to one "
+            "length have no padding; add --no_crop or leave --pad_to_multiple_of out."
+        )
+    seconds = arguments.max_batch_seconds or arguments.per_device_train_batch_size * arguments.max_duration_in_seconds
+    if arguments.no_crop and (arguments.pad_to_multiple_of or 1) > seconds * 16_000:
+        problems.append(
+            f"pad_to_multiple_of ({arguments.pad_to_multiple_of}) must be at most a whole micro-batch ({seconds:g} "
+            "s of 16,000 samples); lower it."
         )
     if arguments.max_gumbel_temperature < arguments.min_gumbel_temperature:
         problems.append(

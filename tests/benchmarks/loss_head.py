@@ -77,7 +77,7 @@ class OurEncoder(Inputs):
         self.feature_extractor.register_parameter("dtype", nn.Parameter(torch.zeros(1)))  # its type is asked for
         # as plain attributes: modules would list the leaves a second time
         self.feature_projection = lambda waveform: (waveform, self.features)
-        self.encoder = lambda hidden_states: BaseModelOutput(last_hidden_state=self.encoded)
+        self.encoder = lambda hidden_states, **_: BaseModelOutput(last_hidden_state=self.encoded)
 
 
 class Side(NamedTuple):

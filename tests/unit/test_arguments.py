@@ -190,3 +190,11 @@ def test_help_loads_nothing_heavy(command: list[str]) -> None:
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "usage: trainer" in result.stdout
+
+
+def test_padding_needs_batches_that_are_not_cropped() -> None:
+    with pytest.raises(ArgumentsError, match=r"^pad_to_multiple_of \(8\) needs no_crop: .* add --no_crop or leave"):
+        parse_arguments([*NEEDED, "--pad_to_multiple_of=8"])
+    assert parse_arguments([*NEEDED, "--pad_to_multiple_of=8", "--no_crop"]).pad_to_multiple_of == 8
+    with pytest.raises(ArgumentsError, match=r"^pad_to_multiple_of \(700000\) must be at most .* \(40 s of 16,000"):
+        parse_arguments([*NEEDED, "--pad_to_multiple_of=700000", "--no_crop"])

@@ -89,8 +89,9 @@ def normalise(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     Returns:
         float32, shape [num_samples].
     """
-    normalised: npt.NDArray[np.float32] = (waveform - waveform.mean()) / np.sqrt(waveform.var() + np.float32(1e-7))
-    return normalised
+    centred: npt.NDArray[np.float32] = waveform - waveform.mean()
+    centred /= np.sqrt(np.square(centred).mean() + np.float32(1e-7))
+    return centred
 
 
 @contextlib.contextmanager
@@ -208,10 +209,11 @@ def _read_mono(file: soundfile.SoundFile, start: int, stop: int) -> npt.NDArray[
         raise AudioError(_TRUNCATED) from error
     if len(channels) < stop - start:
         raise AudioError(_TRUNCATED)
-    mono: npt.NDArray[np.float32] = channels.mean(axis=1)
-    if not np.isfinite(mono).all():
+    mono: npt.NDArray[np.float32] = channels[:, 0] if channels.shape[1] == 1 else channels.mean(axis=1)
+    lowest, highest = mono.min(), mono.max()  # NaN where any sample is
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
         raise AudioError("not finite")
-    if mono.min() == mono.max():
+    if lowest == highest:
         raise AudioError("silent")
     return mono
 

@@ -10,29 +10,39 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.data.audio import AudioError, decode, normalise
-from trainer.data.batching import Batching, BatchSpec, Cursor, windows
-from trainer.data.collate import Batch, MaskSettings, collate
+from trainer.data.batching import Batching, BatchSpec, Cursor, Take, windows
+from trainer.data.collate import Batch, MaskSettings, collate, crop_purpose
 from trainer.data.frames import FrameGeometry
 from trainer.data.index import AudioIndex, DataError, Skipped
 from trainer.data.masking import utterance_rng
 from trainer.data.workers import init_worker, signals_blocked, start_fork_server
 
-_CROP_PURPOSE = 1  # masks draw from purpose 0, see collate.py
 _MAX_REPLACEMENTS = 100
+_ONLY = Take(number=0, of=1)
 
 
 class UtteranceDataset(Dataset[Batch]):
     """``dataset[spec]`` decodes, crops and masks the utterances of one ``BatchSpec``."""
 
     def __init__(
-        self, index: AudioIndex, geometry: FrameGeometry, mask_settings: MaskSettings, seed: int, random_crop: bool
+        self,
+        index: AudioIndex,
+        geometry: FrameGeometry,
+        mask_settings: MaskSettings,
+        seed: int,
+        random_crop: bool,
+        multiple_of: int = 1,
     ) -> None:
-        """Crops start anywhere, by (seed, epoch, utterance), with ``random_crop``; otherwise they are the middle."""
+        """Crops start anywhere, by (seed, epoch, utterance), with ``random_crop``; otherwise they are the middle.
+
+        Batches that need padding are padded to a multiple of ``multiple_of`` samples.
+        """
         self.index = index
         self.geometry = geometry
         self.mask_settings = mask_settings
         self.seed = seed
         self.random_crop = random_crop
+        self.multiple_of = multiple_of
 
     def __getitem__(self, spec: BatchSpec) -> Batch:
         """Decode one batch.
@@ -44,39 +54,51 @@ class UtteranceDataset(Dataset[Batch]):
             DataError: nor can any of the 100 utterances after the first one.
         """
         skipped: list[Skipped] = []
-        decoded = self._decode_rows(spec, spec.rows, skipped)
+        takes = spec.takes or (_ONLY,) * len(spec.rows)
+        decoded = self._decode_rows(spec, zip(spec.rows, takes, strict=True), skipped)
         if not decoded:
-            attempts = (self._decode_rows(spec, (row,), skipped) for row in self._replacements(spec))
-            decoded = next(filter(None, attempts), {})
+            attempts = (self._decode_rows(spec, [(row, _ONLY)], skipped) for row in self._replacements(spec))
+            decoded = next(filter(None, attempts), [])
         if not decoded:
             raise DataError(
                 f"dataset_name ({self.index.root}) must hold audio that can be decoded; {len(skipped)} files in a row "
                 f"cannot. Last: {skipped[-1].path} ({skipped[-1].reason})."
             )
-        utterances = [int(self.index.ids[row]) for row in decoded]
-        batch = collate(list(decoded.values()), utterances, spec.epoch, self.seed, self.geometry, self.mask_settings)
+        batch = collate(
+            [waveform for _, _, waveform in decoded],
+            [int(self.index.ids[row]) for row, _, _ in decoded],
+            spec.epoch,
+            self.seed,
+            self.geometry,
+            self.mask_settings,
+            [take.number for _, take, _ in decoded],
+            self.multiple_of,
+        )
         return batch._replace(skipped=tuple(skipped))
 
     def _decode_rows(
-        self, spec: BatchSpec, rows: tuple[int, ...], skipped: list[Skipped]
-    ) -> dict[int, npt.NDArray[np.float32]]:
-        """Waveform of each row that decodes; the others are appended to ``skipped``."""
-        decoded = {}
-        for row in rows:
+        self, spec: BatchSpec, rows: Iterable[tuple[int, Take]], skipped: list[Skipped]
+    ) -> list[tuple[int, Take, npt.NDArray[np.float32]]]:
+        """Row, take and waveform of each that decodes; the others are appended to ``skipped``."""
+        decoded = []
+        for row, take in rows:
+            num_samples = min(int(self.index.num_samples[row]), spec.num_samples)
             try:
-                waveform = decode(self.index.place(row), self._crop_start(spec, row), spec.num_samples)
+                waveform = decode(self.index.place(row), self._crop_start(spec, row, take, num_samples), num_samples)
             except AudioError as error:
                 skipped.append(Skipped(self.index.path(row), error.reason))
             else:
-                decoded[row] = normalise(waveform)
+                decoded.append((row, take, normalise(waveform)))
         return decoded
 
-    def _crop_start(self, spec: BatchSpec, row: int) -> int:
-        room = int(self.index.num_samples[row]) - spec.num_samples
+    def _crop_start(self, spec: BatchSpec, row: int, take: Take, num_samples: int) -> int:
+        """Several crops of one utterance start in equal shares of it, one in each."""
+        room = int(self.index.num_samples[row]) - num_samples
         if not self.random_crop:
             return room // 2
-        rng = utterance_rng(self.seed, spec.epoch, int(self.index.ids[row]), _CROP_PURPOSE)
-        return int(rng.integers(0, room + 1))
+        lowest, end = ((room + 1) * number // take.of for number in (take.number, take.number + 1))
+        rng = utterance_rng(self.seed, spec.epoch, int(self.index.ids[row]), crop_purpose(take.number))
+        return int(rng.integers(lowest, max(end, lowest + 1)))
 
     def _replacements(self, spec: BatchSpec) -> Iterator[int]:
         following = (np.arange(len(self.index)) + spec.rows[0]) % len(self.index)

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import cast
 
-from torch import Tensor, nn, where
+from torch import Tensor, nn, where, zeros_like
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -14,10 +14,20 @@ class BatchNorm(nn.BatchNorm1d):
     running statistics: its update is skipped, and they would never recover.
     """
 
+    valid: Tensor | None = None
+    """False for padded frames, `[B, T]`, which do not count in training; None where nothing is padded."""
     records = True  # off while activations are recomputed, which would count a batch twice
 
     def forward(self, input: Tensor) -> Tensor:
-        """`input` `[B, C, T]`."""
+        """`input` `[B, C, T]`; in training padded frames become 0."""
+        if self.valid is None or not self.training:
+            return self._normalise(input)
+        frames = input.transpose(1, 2)  # [B, T, C]
+        normalised = zeros_like(frames)
+        normalised[self.valid] = self._normalise(frames[self.valid])  # [N, C]
+        return normalised.transpose(1, 2)
+
+    def _normalise(self, input: Tensor) -> Tensor:
         batch_norm = nn.functional.batch_norm
         weight, bias = self.weight.float(), self.bias.float()
         mean, variance = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)

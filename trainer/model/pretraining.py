@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from trainer.model.batch_norm import BatchNorm, batch_norms, recomputing
+from trainer.model.group_norm import GroupNorm
 from trainer.model.objective import contrastive_sums, perplexity, quantize, usage_over_ranks
 from trainer.model.sizes import ModelConfig
 
@@ -66,11 +67,17 @@ class PretrainingModel(PreTrainedModel):
         self.feature_grad_mult = feature_grad_mult
         self.global_diversity = global_diversity
         self.dropped_layers: frozenset[int] = frozenset()
+        self.valid_frames: Tensor | None = None
         # transformers draws LayerDrop from each rank's own generator and, under ZeRO-3, keeps every layer. Its draw is
         # turned off in a copy of the config (the saved one keeps its value); ours comes in as `dropped_layers`.
         encoder = self.backbone.encoder
         encoder.config = copy.copy(config)
         encoder.config.layerdrop = 0.0
+        self.group_norms: list[GroupNorm] = []  # a list, so the state dict has it once
+        if config.feat_extract_norm == "group":
+            first = self.backbone.feature_extractor.conv_layers[0]
+            first.layer_norm = GroupNorm(first.layer_norm.num_groups, first.layer_norm.num_channels)
+            self.group_norms.append(first.layer_norm)
         for index, layer in enumerate(encoder.layers):
             layer.register_forward_hook(self._layer_drop_hook(index))
 
@@ -121,20 +128,24 @@ class PretrainingModel(PreTrainedModel):
         negatives: Tensor,
         gumbel_temperature: float = 1.0,
         dropped_layers: tuple[int, ...] = (),
+        num_samples: Tensor | None = None,
     ) -> LossTerms:
         """Loss sums of one micro-batch.
 
         `input_values` `[B, S]` samples; `mask` `[B, T]` bool; `target_frames` `[B, M]` positions of masked frames;
         `target_valid` `[B, M]` bool; `negatives` `[B, M, K]` indices into M. `gumbel_temperature` is read in training
         mode only; in evaluation the most likely codewords are taken. `dropped_layers` are those LayerDrop leaves out.
+        `num_samples` `[B]` int64, on the CPU, says where padding begins; with it the sums are those of the rows alone
+        (but for the diversity loss, a statistic of the batch).
         """
         self.dropped_layers = frozenset(dropped_layers)
-        features, penalty = self._features(input_values)  # [B, T, C]
+        self.valid_frames = None if num_samples is None else self._find_valid_frames(num_samples, mask)  # [B, T]
+        features, penalty = self._features(input_values, num_samples)  # [B, T, C]
         hidden_states, normed = self.backbone.feature_projection(features)  # [B, T, H], [B, T, C]
         hidden_states = torch.where(
             mask.unsqueeze(-1), self.backbone.masked_spec_embed.to(hidden_states.dtype), hidden_states
         )
-        encoded = self.backbone.encoder(hidden_states).last_hidden_state  # [B, T, H]
+        encoded = self.backbone.encoder(hidden_states, attention_mask=self.valid_frames).last_hidden_state  # [B, T, H]
 
         predictions = self.project_hid(_take_frames(encoded, target_frames))  # [B, M, D]
         candidates = self.dropout_features(_take_frames(normed, target_frames))  # [B, M, C]
@@ -142,15 +153,29 @@ class PretrainingModel(PreTrainedModel):
             predictions, candidates, target_valid, negatives, penalty, gumbel_temperature if self.training else None
         )
 
-    def _features(self, input_values: Tensor) -> tuple[Tensor, Tensor]:
+    def _find_valid_frames(self, num_samples: Tensor, mask: Tensor) -> Tensor:
+        """False where a frame is padding, `[B, T]` as `mask`: it sees at least one sample past the end of its row."""
+        lengths = num_samples
+        for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):
+            lengths = _conv_length(lengths, kernel, stride)
+        return torch.arange(mask.shape[1], device=mask.device) < lengths.to(mask.device).unsqueeze(1)
+
+    def _features(self, input_values: Tensor, num_samples: Tensor | None) -> tuple[Tensor, Tensor]:
         """Convolutional features `[B, T, C]` and their mean squares `[B]` (the penalty, fairseq's `features_pen`)."""
+        for norm in self.group_norms:
+            kernel, stride = self.config.conv_kernel[0], self.config.conv_stride[0]
+            norm.num_frames = None if num_samples is None else _conv_length(num_samples, kernel, stride).tolist()
         # the waveform stays fp32 up to here: DeepSpeed casts the model to bf16 but not what goes into it
         dtype = next(self.backbone.feature_extractor.parameters()).dtype
         features = self.backbone.feature_extractor(input_values.to(dtype))  # [B, C, T]
         if self.feature_grad_mult != 1.0 and features.requires_grad:
             features.register_hook(lambda gradient: gradient * self.feature_grad_mult)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.feature_penalty_weight > 0):
-            penalty = features.float().square().mean(dim=(1, 2))  # [B]
+            squares = features.float().square()
+            if self.valid_frames is None:
+                penalty = squares.mean(dim=(1, 2))  # [B]
+            else:
+                penalty = (squares.mean(dim=1) * self.valid_frames).sum(dim=1) / self.valid_frames.sum(dim=1)  # [B]
         return features.transpose(1, 2), penalty
 
     def _loss_terms(
@@ -229,6 +254,18 @@ class ConformerPretrainingModel(PretrainingModel, Wav2Vec2ConformerForPreTrainin
         super().__init__(config, **options)
         for layer in self.backbone.encoder.layers:
             layer.conv_module.batch_norm = BatchNorm(config.hidden_size)
+            layer.conv_module.depthwise_conv.register_forward_pre_hook(self._padding_hook(layer.conv_module.batch_norm))
+
+    def _padding_hook(self, norm: BatchNorm) -> Any:
+        """What follows in a layer's convolutions takes padding for the silence past the end that it is when alone."""
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            norm.valid = self.valid_frames
+            if self.valid_frames is None:
+                return None
+            return (args[0].masked_fill(~self.valid_frames.unsqueeze(1), 0),)  # [B, C, T]
+
+        return hook
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ConformerPretrainingModel":
         """Move and cast as usual, but leave buffers in fp32.
@@ -262,6 +299,11 @@ def freeze_unused(model: PretrainingModel) -> None:
 
 def _num_ranks() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _conv_length(lengths: Tensor, kernel: int, stride: int) -> Tensor:
+    """Frames that an unpadded convolution makes of each length."""
+    return torch.div(lengths - kernel, stride, rounding_mode="floor") + 1
 
 
 def _take_frames(sequence: Tensor, frames: Tensor) -> Tensor:

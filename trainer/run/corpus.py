@@ -12,9 +12,12 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from trainer.arguments import PretrainArguments
 from trainer.data.audio import SAMPLE_RATE
-from trainer.data.batching import Batching, Cursor, shard_validation, validation_batches
+from trainer.data.batching import Batching, Cursor, Limits, shard_validation, validation_batches
 from trainer.data.collate import Batch, MaskSettings
 from trainer.data.frames import FrameGeometry
 from trainer.data.index import (
@@ -28,6 +31,7 @@ from trainer.data.index import (
 )
 from trainer.data.loader import UtteranceDataset, Window, training_windows, validation_loader
 from trainer.data.rows import Request, Skipped
+from trainer.data.sampling import tag_factors, takes_by_length
 from trainer.errors import UserError
 from trainer.run.skipped import count_reasons, write_skipped
 
@@ -74,6 +78,11 @@ def open_corpus(arguments: PretrainArguments, geometry: FrameGeometry, progress:
         validation, more_skipped = open_sources(arguments, "validation_dataset_name", progress)
         validation, more_too_short = filter_by_duration(validation, shortest)
         skipped, num_too_short = skipped + more_skipped, num_too_short + more_too_short
+    if arguments.sampling_alpha < 1 and len(np.unique(train.tags)) < 2:
+        raise UserError(
+            f"sampling_alpha ({arguments.sampling_alpha:g}) must be 1 for audio of one language from one source, as "
+            f"{train.root} is: there is nothing to balance; leave --sampling_alpha out, or name --language_column_name."
+        )
     return Corpus(train, validation, skipped, num_too_short)
 
 
@@ -186,18 +195,36 @@ def describe(corpus: Corpus) -> str:
 
 def batching_of(arguments: PretrainArguments, index: AudioIndex) -> Batching:
     """What decides the training batches."""
+    limits = _limits(arguments, arguments.per_device_train_batch_size)
     return Batching(
         num_samples=index.num_samples,
-        max_batch_samples=_batch_samples(arguments, arguments.per_device_train_batch_size),
-        max_batch_size=arguments.per_device_train_batch_size,
-        max_samples=round(arguments.max_duration_in_seconds * SAMPLE_RATE),
+        limits=limits,
         seed=arguments.seed,
+        expected_takes=_expected_takes(arguments, index, limits.max_length),
     )
 
 
-def _batch_samples(arguments: PretrainArguments, batch_size: int) -> int:
+def _limits(arguments: PretrainArguments, batch_size: int) -> Limits:
     seconds = arguments.max_batch_seconds or batch_size * arguments.max_duration_in_seconds
-    return round(seconds * SAMPLE_RATE)
+    return Limits(
+        max_batch_samples=round(seconds * SAMPLE_RATE),
+        max_batch_size=batch_size,
+        max_samples=round(arguments.max_duration_in_seconds * SAMPLE_RATE),
+        no_crop=arguments.no_crop,
+        multiple_of=arguments.pad_to_multiple_of or 1,
+    )
+
+
+def _expected_takes(arguments: PretrainArguments, index: AudioIndex, max_length: int) -> npt.NDArray[np.float64] | None:
+    """How often an epoch takes each utterance on average; None for once each."""
+    takes = np.ones(len(index))
+    if not arguments.one_crop_per_utterance:
+        takes = takes_by_length(index.num_samples, max_length)
+    alpha = arguments.sampling_alpha
+    if alpha < 1:
+        taken = takes * np.minimum(index.num_samples, max_length)
+        takes *= tag_factors(index.num_samples, taken, index.tags, index.tag_sources, alpha)[index.tags]
+    return None if (takes == 1).all() else takes
 
 
 def training_stream(
@@ -212,7 +239,9 @@ def training_stream(
 ) -> Generator[Window, None, None]:
     """This rank's endless stream of windows from `cursor` on."""
     return training_windows(
-        UtteranceDataset(index, geometry, masks, arguments.seed, random_crop=True),
+        UtteranceDataset(
+            index, geometry, masks, arguments.seed, random_crop=True, multiple_of=arguments.pad_to_multiple_of or 1
+        ),
         batching_of(arguments, index),
         cursor,
         rank,
@@ -233,12 +262,8 @@ def validation_stream(
     pin_memory: bool,
 ) -> Iterator[tuple[Batch, bool]]:
     """This rank's share of the validation batches, with fixed crops and masks."""
-    batch_size = arguments.per_device_eval_batch_size
-    specs = validation_batches(
-        index.num_samples,
-        _batch_samples(arguments, batch_size),
-        batch_size,
-        round(arguments.max_duration_in_seconds * SAMPLE_RATE),
+    specs = validation_batches(index.num_samples, _limits(arguments, arguments.per_device_eval_batch_size))
+    dataset = UtteranceDataset(
+        index, geometry, masks, arguments.seed, random_crop=False, multiple_of=arguments.pad_to_multiple_of or 1
     )
-    dataset = UtteranceDataset(index, geometry, masks, arguments.seed, random_crop=False)
     return validation_loader(dataset, shard_validation(specs, rank, world_size), arguments.num_workers, pin_memory)

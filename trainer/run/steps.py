@@ -38,10 +38,13 @@ def forward(engine: Engine, batch: Batch, gumbel_temperature: float = 1.0, dropp
         name: getattr(batch, name).to(engine.device, non_blocking=True)
         for name in ("input_values", "mask", "target_frames", "target_valid", "negatives")
     }
+    if batch.num_samples is not None:
+        tensors["num_samples"] = batch.num_samples  # read on the CPU: no wait for the device
     terms: LossTerms = engine.model(**tensors, gumbel_temperature=gumbel_temperature, dropped_layers=dropped)
     return terms
 
 
 def audio_seconds(batch: Batch) -> float:
-    """Seconds of audio in a micro-batch."""
-    return batch.input_values.numel() / SAMPLE_RATE
+    """Seconds of audio in a micro-batch, without padding."""
+    num_samples = batch.input_values.numel() if batch.num_samples is None else int(batch.num_samples.sum())
+    return num_samples / SAMPLE_RATE

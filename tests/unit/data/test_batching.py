@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import time
 
@@ -10,11 +11,14 @@ from trainer.data.batching import (
     Batching,
     BatchSpec,
     Cursor,
+    Limits,
+    Take,
     epoch_batches,
     shard_validation,
     validation_batches,
     windows,
 )
+from trainer.data.sampling import takes_by_length
 
 
 def lognormal(num_rows: int) -> np.ndarray:
@@ -22,9 +26,8 @@ def lognormal(num_rows: int) -> np.ndarray:
     return (seconds * 16_000).astype(np.int64)
 
 
-def batching_of(num_samples: np.ndarray, **changes: int) -> Batching:
-    limits = {"max_batch_samples": 87 * 16_000, "max_batch_size": 64, "max_samples": 20 * 16_000, "seed": 0}
-    return Batching(num_samples, **(limits | changes))
+def batching_of(num_samples: np.ndarray, seed: int = 0, max_batch_size: int = 64, no_crop: bool = False) -> Batching:
+    return Batching(num_samples, Limits(87 * 16_000, max_batch_size, 20 * 16_000, no_crop), seed)
 
 
 @settings(deadline=None, max_examples=200)
@@ -39,8 +42,9 @@ def test_batches_keep_to_the_limits(
     lengths: list[int], max_batch_samples: int, max_batch_size: int, max_samples: int, epoch: int
 ) -> None:
     num_samples = np.array(lengths)
-    trained = epoch_batches(Batching(num_samples, max_batch_samples, max_batch_size, max_samples, seed=1), epoch)
-    validated = validation_batches(num_samples, max_batch_samples, max_batch_size, max_samples)
+    limits = Limits(max_batch_samples, max_batch_size, max_samples)
+    trained = list(epoch_batches(Batching(num_samples, limits, seed=1), epoch))
+    validated = validation_batches(num_samples, limits)
     for batches, number in [(trained, epoch), (validated, 0)]:
         assert sorted(row for spec in batches for row in spec.rows) == list(range(len(lengths)))
         for spec in batches:
@@ -50,10 +54,78 @@ def test_batches_keep_to_the_limits(
             assert spec.num_samples == min(*(lengths[row] for row in spec.rows), max_samples, max_batch_samples)
 
 
+@settings(deadline=None, max_examples=200)
+@given(
+    lengths=st.lists(st.integers(1, 1000), min_size=1, max_size=100),
+    max_batch_samples=st.integers(7, 3000),
+    max_batch_size=st.integers(1, 9),
+    max_samples=st.integers(1, 1200),
+    multiple_of=st.integers(1, 7),
+    epoch=st.integers(0, 5),
+)
+def test_padded_batches_keep_to_the_limits(
+    lengths: list[int], max_batch_samples: int, max_batch_size: int, max_samples: int, multiple_of: int, epoch: int
+) -> None:
+    num_samples = np.array(lengths)
+    limits = Limits(max_batch_samples, max_batch_size, max_samples, no_crop=True, multiple_of=multiple_of)
+    trained = list(epoch_batches(Batching(num_samples, limits, seed=1), epoch))
+    for batches in (trained, validation_batches(num_samples, limits)):
+        assert sorted(row for spec in batches for row in spec.rows) == list(range(len(lengths)))
+        for spec in batches:
+            kept = [min(lengths[row], max_samples, max_batch_samples // multiple_of * multiple_of) for row in spec.rows]
+            assert spec.num_samples == max(kept)
+            assert 1 <= len(kept) <= max_batch_size
+            assert len(kept) * (-(-max(kept) // multiple_of) * multiple_of) <= max_batch_samples
+            assert sum(kept) >= 0.95 * len(kept) * max(kept)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=60),
+    max_samples=st.integers(50, 1200),
+    no_crop=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_long_rows_are_taken_in_proportion(lengths: list[int], max_samples: int, no_crop: bool, seed: int) -> None:
+    num_samples = np.array(lengths)
+    limits = Limits(3000, 8, max_samples, no_crop)
+    batching = Batching(num_samples, limits, seed, takes_by_length(num_samples, limits.max_length))
+    num_epochs = 7
+    taken = np.zeros(len(lengths))
+    for epoch in range(num_epochs):
+        of_epoch: dict[int, list[Take]] = {}
+        for spec in epoch_batches(batching, epoch):
+            for row, take in zip(spec.rows, spec.takes or [Take(0, 1)] * len(spec.rows), strict=True):
+                of_epoch.setdefault(row, []).append(take)
+        assert sorted(of_epoch) == list(range(len(lengths)))
+        for row, takes in of_epoch.items():
+            assert sorted(takes) == [Take(number, len(takes)) for number in range(len(takes))]
+            taken[row] += len(takes)
+    assert (np.abs(taken - num_epochs * np.maximum(num_samples / max_samples, 1)) < 1).all()
+
+
+def test_stretches_of_many_rows_hold_each_once() -> None:
+    for no_crop in (False, True):
+        for num_rows in (4095, 4096, 4097, 8192, 10_000):
+            batches = epoch_batches(batching_of(lognormal(num_rows), no_crop=no_crop), 0)
+            assert np.array_equal(np.sort(batches.rows), np.arange(num_rows))
+            assert batches.sizes.sum() == num_rows
+            assert {row for spec in batches for row in spec.rows} == set(range(num_rows))
+
+
+@pytest.mark.parametrize(("num_rows", "most"), [(300, 0.04), (5_000, 0.03), (30_000, 0.03)])
+def test_little_is_padding(num_rows: int, most: float) -> None:
+    num_samples = lognormal(num_rows)
+    batches = epoch_batches(batching_of(num_samples, no_crop=True), 0)
+    padded = sum(len(spec.rows) * spec.num_samples for spec in batches)
+    assert padded <= np.minimum(num_samples, 20 * 16_000).sum() / (1 - most)
+    assert padded >= 0.7 * 87 * 16_000 * len(batches)  # batches are full, but for those with rare lengths
+
+
 def test_epochs_and_seeds_differ_but_are_repeatable() -> None:
     batching = batching_of(lognormal(500))
     first, again = epoch_batches(batching, 0), epoch_batches(batching, 0)
-    assert first == again
+    assert list(first) == list(again)
     for other in (epoch_batches(batching, 1), epoch_batches(batching_of(lognormal(500), seed=1), 0)):
         shared = {frozenset(spec.rows) for spec in first} & {frozenset(spec.rows) for spec in other}
         assert len(shared) < 0.2 * len(first)
@@ -74,15 +146,29 @@ def test_little_audio_is_lost(num_rows: int, kept: float) -> None:
 
 
 def test_a_few_odd_lengths_do_not_crop_the_others() -> None:
-    batches = validation_batches(np.array([100, 99, 10, 9, 8]), 1000, 8, 1000)
+    batches = validation_batches(np.array([100, 99, 10, 9, 8]), Limits(1000, 8, 1000))
     assert batches == [BatchSpec(0, (0, 1), 99), BatchSpec(0, (2, 3, 4), 8)]
 
 
 def test_a_million_rows() -> None:
-    batching = batching_of(lognormal(1_000_000))
-    start = time.perf_counter()
-    epoch_batches(batching, 0)
-    assert time.perf_counter() - start < 10  # 1 s on an idle core
+    num_samples = lognormal(1_000_000)
+    takes = takes_by_length(num_samples, 20 * 16_000)
+    for batching in (batching_of(num_samples), dataclasses.replace(batching_of(num_samples), expected_takes=takes)):
+        start = time.process_time()
+        batches = epoch_batches(batching, 0)
+        assert time.process_time() - start < 2  # 0.3 s
+        parts = (batches.rows, batches.first, batches.sizes, batches.num_samples, batches.takes)
+        assert sum(part.nbytes for part in parts if part is not None) < 30e6
+
+
+def test_resuming_late_costs_no_more_than_early() -> None:
+    batching = batching_of(lognormal(100_000))
+    seconds = []
+    for cursor in (Cursor(0, 0), Cursor(0, 9_000), Cursor(1_000_000, 9_000)):
+        start = time.process_time()
+        next(windows(batching, cursor, rank=0, world_size=8, accumulation_steps=4))
+        seconds.append(time.process_time() - start)
+    assert max(seconds) < 5 * min(seconds)
 
 
 small = batching_of(lognormal(60), max_batch_size=4)
@@ -134,8 +220,9 @@ def test_a_cursor_at_the_end_of_an_epoch_is_the_start_of_the_next() -> None:
 
 def test_validation_is_fixed_and_longest_first() -> None:
     num_samples = lognormal(200)
-    batches = validation_batches(num_samples, 87 * 16_000, 8, 20 * 16_000)
-    assert batches == validation_batches(num_samples, 87 * 16_000, 8, 20 * 16_000)
+    limits = Limits(87 * 16_000, 8, 20 * 16_000)
+    batches = validation_batches(num_samples, limits)
+    assert batches == validation_batches(num_samples, limits)
     assert [spec.num_samples for spec in batches] == sorted((spec.num_samples for spec in batches), reverse=True)
 
 

@@ -63,3 +63,56 @@ def test_shortest_waveform() -> None:
     batch = batch_of([0, 1], num_samples=WAV2VEC2_GEOMETRY.min_samples(2))
     assert batch.num_targets == 4
     assert batch.negatives[0, :, 0].tolist() == [1, 0]
+
+
+LENGTHS = [32_000, 30_500, 16_000, 32_000]
+
+
+def padded(multiple_of: int = 1) -> Batch:
+    waveforms = [np.random.default_rng(u).standard_normal(n).astype(np.float32) for u, n in enumerate(LENGTHS)]
+    return collate(waveforms, range(4), 3, 5, WAV2VEC2_GEOMETRY, SETTINGS, multiple_of=multiple_of)
+
+
+def test_padding_is_zero_and_its_length_is_told() -> None:
+    batch = padded()
+    assert batch.num_samples is not None and batch.num_samples.tolist() == LENGTHS
+    assert batch.input_values.shape == (4, 32_000)
+    for row, length in zip(batch.input_values, LENGTHS, strict=True):
+        assert row[:length].count_nonzero() == length
+        assert not row[length:].any()
+
+
+def test_padded_frames_are_neither_masked_nor_targets_nor_negatives() -> None:
+    batch = padded()
+    for row, length in enumerate(LENGTHS):
+        num_frames = WAV2VEC2_GEOMETRY.num_frames(length)
+        count = int(batch.target_valid[row].sum())
+        assert not batch.mask[row, num_frames:].any()
+        assert batch.target_frames[row].max() < num_frames
+        assert batch.negatives[row].max() < count == int(batch.mask[row].sum())
+        assert not batch.negatives[row, count:].any()
+    assert batch.num_targets == int(batch.mask.sum())
+
+
+def test_padding_changes_neither_masks_nor_negatives() -> None:
+    together = padded()
+    for row, length in enumerate(LENGTHS):
+        alone = batch_of([row], num_samples=length)
+        num_targets, num_frames = alone.num_targets, alone.mask.shape[1]
+        assert torch.equal(together.mask[row, :num_frames], alone.mask[0])
+        assert torch.equal(together.target_frames[row, :num_targets], alone.target_frames[0])
+        assert torch.equal(together.negatives[row, :num_targets], alone.negatives[0])
+
+
+def test_padding_to_a_multiple() -> None:
+    batch = padded(multiple_of=10_000)
+    assert batch.input_values.shape == (4, 40_000)
+    assert batch.mask.shape == (4, WAV2VEC2_GEOMETRY.num_frames(40_000))
+    assert torch.equal(batch.mask[:, : padded().mask.shape[1]], padded().mask)
+
+
+def test_the_crops_of_an_utterance_have_masks_of_their_own() -> None:
+    waveforms = [np.zeros(32_000, np.float32)] * 3
+    batch = collate(waveforms, [7, 7, 7], 3, 5, WAV2VEC2_GEOMETRY, SETTINGS, takes=[0, 1, 2])
+    assert len({mask.numpy().tobytes() for mask in batch.mask}) == 3
+    assert torch.equal(batch.mask[0], batch_of([7]).mask[0])

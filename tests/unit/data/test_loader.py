@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import multiprocessing
 import pickle
@@ -8,14 +9,25 @@ import pytest
 import torch
 
 from trainer.data.audio import decode, normalise
-from trainer.data.batching import Batching, BatchSpec, Cursor, shard_validation, validation_batches, windows
+from trainer.data.batching import (
+    Batching,
+    BatchSpec,
+    Cursor,
+    Limits,
+    Take,
+    shard_validation,
+    validation_batches,
+    windows,
+)
 from trainer.data.collate import Batch, MaskSettings
 from trainer.data.frames import WAV2VEC2_GEOMETRY
 from trainer.data.index import AudioIndex, DataError, build_index
 from trainer.data.loader import UtteranceDataset, Window, training_windows, validation_loader
+from trainer.data.sampling import takes_by_length
 
 SETTINGS = MaskSettings(mask_prob=0.65, mask_length=10, num_negatives=5)
 START = Cursor(0, 0)
+LIMITS = Limits(max_batch_samples=80_000, max_batch_size=4, max_samples=24_000)
 
 
 @pytest.fixture
@@ -27,8 +39,10 @@ def dataset_of(index: AudioIndex, random_crop: bool = True) -> UtteranceDataset:
     return UtteranceDataset(index, WAV2VEC2_GEOMETRY, SETTINGS, seed=1, random_crop=random_crop)
 
 
-def batching_of(index: AudioIndex) -> Batching:
-    return Batching(index.num_samples, max_batch_samples=80_000, max_batch_size=4, max_samples=24_000, seed=1)
+def batching_of(index: AudioIndex, no_crop: bool = False) -> Batching:
+    """As long as 1.5 s, which the longer half exceeds."""
+    takes = takes_by_length(index.num_samples, LIMITS.max_length)
+    return Batching(index.num_samples, dataclasses.replace(LIMITS, no_crop=no_crop), 1, takes)
 
 
 def first_windows(
@@ -39,9 +53,10 @@ def first_windows(
     world_size: int = 1,
     accumulation_steps: int = 3,
     num_workers: int = 0,
+    no_crop: bool = False,
 ) -> list[Window]:
     stream = training_windows(
-        dataset_of(index), batching_of(index), cursor, rank, world_size, accumulation_steps, num_workers, False
+        dataset_of(index), batching_of(index, no_crop), cursor, rank, world_size, accumulation_steps, num_workers, False
     )
     return list(itertools.islice(stream, num_windows))
 
@@ -87,6 +102,38 @@ def test_random_crops_reach_both_ends(index: AudioIndex) -> None:
         crop = dataset_of(index)[BatchSpec(epoch, (0,), 9_597)].input_values[0].numpy()
         starts.add(min(range(4), key=lambda start: float(np.abs(full[start : start + 9_597] - crop).max())))
     assert starts == {0, 1, 2, 3}
+
+
+def test_crops_of_one_utterance_lie_in_equal_shares_of_it(index: AudioIndex) -> None:
+    row = int(np.argmax(index.num_samples))  # 2.5 s
+    whole = decode(index.path(row), 0, int(index.num_samples[row]))
+    places = np.lib.stride_tricks.sliding_window_view(whole, 8_000)[:, :20]  # enough to tell them apart
+    sums, squares = (np.concatenate([[0], np.cumsum(whole.astype(float) ** power)]) for power in (1, 2))
+    means, means_of_squares = ((total[8_000:] - total[:-8_000]) / 8_000 for total in (sums, squares))
+    normalised = (places - means[:, None]) / np.sqrt(means_of_squares - means**2)[:, None]
+    for epoch in range(5):
+        takes = tuple(Take(number, 5) for number in range(5))
+        batch = dataset_of(index)[BatchSpec(epoch, (row,) * 5, 8_000, takes)]
+        starts = [int(np.abs(normalised - crop[:20]).max(axis=1).argmin()) for crop in batch.input_values.numpy()]
+        assert [start * 5 // len(places) for start in starts] == [0, 1, 2, 3, 4]
+        assert not torch.equal(batch.mask[0], batch.mask[1])
+
+
+def test_more_crops_than_places_for_them(index: AudioIndex) -> None:
+    takes = tuple(Take(number, 3) for number in range(3))
+    batch = dataset_of(index)[BatchSpec(0, (0, 0, 0), int(index.num_samples[0]), takes)]
+    assert torch.equal(batch.input_values[0], batch.input_values[2])
+    assert not torch.equal(batch.mask[0], batch.mask[2])
+
+
+def test_without_crops_utterances_come_whole(index: AudioIndex) -> None:
+    batch = dataset_of(index)[BatchSpec(0, (5, 4, 0), 17_000)]
+    assert batch.num_samples is not None
+    assert batch.num_samples.tolist() == np.minimum(index.num_samples[[5, 4, 0]], 17_000).tolist()
+    assert len(set(batch.num_samples.tolist())) > 1
+    for number, row in enumerate((5, 4, 0)):
+        alone = dataset_of(index)[BatchSpec(0, (row,), int(batch.num_samples[number]))]
+        assert torch.equal(batch.input_values[number, : batch.num_samples[number]], alone.input_values[0])
 
 
 def test_validation_takes_the_middle(index: AudioIndex) -> None:
@@ -144,11 +191,13 @@ def test_windows_follow_the_batching(index: AudioIndex) -> None:
         assert all(same(batch, dataset[one]) for batch, one in zip(window.batches, spec.specs, strict=True))
 
 
-def test_workers_change_nothing(index: AudioIndex) -> None:
-    alone = first_windows(index, 8)
-    assert alone[-1].next_cursor.epoch > 1  # across the ends of epochs
-    assert same_windows(first_windows(index, 8, num_workers=1), alone)
-    assert same_windows(first_windows(index, 8, num_workers=3), alone)
+@pytest.mark.parametrize("no_crop", [False, True])
+def test_workers_change_nothing(index: AudioIndex, no_crop: bool) -> None:
+    alone = first_windows(index, 8, no_crop=no_crop)
+    assert alone[-1].next_cursor.epoch > 0  # across the ends of epochs
+    assert any(batch.num_samples is not None for window in alone for batch in window.batches) == no_crop
+    assert same_windows(first_windows(index, 8, num_workers=1, no_crop=no_crop), alone)
+    assert same_windows(first_windows(index, 8, num_workers=3, no_crop=no_crop), alone)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 6])
@@ -177,7 +226,7 @@ def test_the_global_generator_of_torch_is_left_alone(index: AudioIndex) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_validation(index: AudioIndex, num_workers: int) -> None:
     dataset = dataset_of(index, random_crop=False)
-    batches = validation_batches(index.num_samples, 80_000, 4, 24_000)
+    batches = validation_batches(index.num_samples, LIMITS)
     world_size = next(size for size in (2, 3) if len(batches) % size)
     shard = shard_validation(batches, world_size - 1, world_size)
     loaded = list(validation_loader(dataset, shard, num_workers, pin_memory=False))

@@ -11,7 +11,7 @@ import pytest
 START = """
 import signal, socket, sys, time
 from multiprocessing import connection
-from trainer.data.batching import Batching, Cursor
+from trainer.data.batching import Batching, Cursor, Limits
 from trainer.data.collate import MaskSettings
 from trainer.data.frames import WAV2VEC2_GEOMETRY
 from trainer.data.index import build_index
@@ -20,7 +20,7 @@ from trainer.data.loader import UtteranceDataset, training_windows
 if __name__ == "__main__":
     index, _ = build_index(sys.argv[1], sys.argv[2], progress=False)
     dataset = UtteranceDataset(index, WAV2VEC2_GEOMETRY, MaskSettings(0.65, 10, 5), seed=1, random_crop=True)
-    batching = Batching(index.num_samples, 80_000, 4, 24_000, seed=1)
+    batching = Batching(index.num_samples, Limits(80_000, 4, 24_000), seed=1)
     stream = training_windows(dataset, batching, Cursor(0, 0), 0, 1, 1, num_workers=2, pin_memory=False)
     next(stream)
     print("started", flush=True)
