@@ -58,7 +58,8 @@ def demand_of(
     cuda: bool,
 ) -> Demand:
     """The demand of a run on this data; nothing is counted yet."""
-    longest = min(int(batching.num_samples.max()), batching.max_samples, batching.max_batch_samples)
+    limits = batching.limits
+    longest = min(int(batching.num_samples.max()), limits.max_length)
     workload = Workload(
         config,
         utterance_seconds=longest / SAMPLE_RATE,
@@ -70,8 +71,8 @@ def demand_of(
         feature_penalty_weight=arguments.feature_penalty_weight,
         feature_grad_mult=arguments.feature_grad_mult,
     )
-    most = min(batching.max_batch_samples, batching.max_batch_size * longest)
-    by_seconds = arguments.max_batch_seconds is not None and most == batching.max_batch_samples
+    most = min(limits.max_batch_samples, limits.max_batch_size * longest)
+    by_seconds = arguments.max_batch_seconds is not None and most == limits.max_batch_samples
     value = f"{arguments.max_batch_seconds:g}" if by_seconds else arguments.per_device_train_batch_size
     return Demand(
         workload,

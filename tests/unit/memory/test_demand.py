@@ -10,7 +10,7 @@ import torch
 
 from trainer.arguments import PretrainArguments
 from trainer.data.audio import SAMPLE_RATE
-from trainer.data.batching import Batching
+from trainer.data.batching import Batching, Limits
 from trainer.errors import OutOfMemory
 from trainer.memory import demand as demand_module
 from trainer.memory.demand import Demand, demand_of, explaining_out_of_memory, is_out_of_memory, warning_where_too_much
@@ -29,7 +29,7 @@ def _demand(seconds: float | None = 40.0, batch_size: int = 8, longest: float = 
     )
     samples = round((seconds or batch_size * 10.0) * SAMPLE_RATE)
     lengths = np.array([2 * SAMPLE_RATE, round(longest * SAMPLE_RATE)])
-    batching = Batching(lengths, samples, batch_size, 10 * SAMPLE_RATE, seed=0)
+    batching = Batching(lengths, Limits(samples, batch_size, 10 * SAMPLE_RATE), seed=0)
     return demand_of(arguments, shipped_config("demo"), None, batching, num_ranks=1, cuda=False)
 
 
