@@ -1,6 +1,7 @@
 """How a process ends."""
 
 import atexit
+import contextlib
 import os
 import sys
 from typing import NoReturn
@@ -19,6 +20,7 @@ def leave(code: int) -> NoReturn:
 
 def end_at_once(code: int) -> NoReturn:
     """End the process with this exit code and wait for nothing, as other ranks may wait for this one."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or its disk is full
+            stream.flush()
     os._exit(code)

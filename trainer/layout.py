@@ -24,6 +24,11 @@ def swapped_folder(rank: int) -> str:
     return f"offloaded_tensors/rank{rank:02d}"
 
 
+def is_inside(name: str) -> bool:
+    """Whether a relative path from a file's contents stays below the folder it is relative to."""
+    return bool(name) and not name.startswith("/") and ".." not in name.split("/")
+
+
 def step_folder_name(step: int) -> str:
     """`step-00001000` for update 1,000."""
     return f"{STEP_PREFIX}{step:08d}"

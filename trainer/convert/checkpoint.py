@@ -14,6 +14,7 @@ from trainer.layout import (
     PLAIN_MODEL_FILE,
     STEP_PREFIX,
     TRAINER_STATE_FILE,
+    is_inside,
 )
 
 LAYOUT_VERSION = 1
@@ -75,6 +76,8 @@ def open_checkpoint(folder: Path, *, checksums: bool, tensors: bool = False) -> 
         )
     files = _field(folder / MANIFEST_FILE, read_layout(folder / MANIFEST_FILE), "files", dict)
     for name, facts in files.items():
+        if not isinstance(facts, dict) or "bytes" not in facts or not is_inside(name):
+            raise ConversionError(f"{folder / MANIFEST_FILE}: a damaged entry ({name}: {facts}); take another one.")
         _check_file(folder / name, facts, checksums=checksums, tensors=tensors)
     path = folder / TRAINER_STATE_FILE
     state = read_layout(path)

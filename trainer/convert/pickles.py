@@ -56,11 +56,11 @@ def _check_nesting(value: object) -> None:
     """Comparing values that are nested without end would never end."""
     level = [value]
     for _ in range(MAX_DEPTH):
+        if sum(len(_children(parent)) for parent in level) > MAX_ITEMS:
+            break
         level = [child for parent in level for child in _children(parent)]
         if not level:
             return
-        if len(level) > MAX_ITEMS:
-            break
     raise PickleError(f"nested more than {MAX_DEPTH} deep, or more than {MAX_ITEMS:,} items wide")
 
 

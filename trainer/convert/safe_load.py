@@ -7,12 +7,13 @@ The format (torch/csrc/jit/serialization/, as of torch 2.13): a zip archive of m
 import math
 import struct
 import sys
+import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.convert.archive import Record, read_records
+from trainer.convert.archive import SIGNATURE, Record, read_records
 from trainer.convert.dtypes import ITEM_BYTES
 from trainer.convert.errors import ConversionError
 from trainer.convert.pickles import Buildable, Named, PickleError, UnknownName, read_pickle
@@ -90,6 +91,7 @@ def safe_load(path: Path) -> dict[str, Any]:
     """
     records = {record.name: record for record in read_records(path)}
     try:
+        _check_archive(path, len(records))
         folder = _folder(records)
         if _content(path, records, f"{folder}/byteorder").decode() not in ("", sys.byteorder):
             raise PickleError(f"its bytes are in another order than this machine's ({sys.byteorder} endian)")
@@ -109,6 +111,14 @@ def safe_load(path: Path) -> dict[str, Any]:
             f"{path}: holds a {type(state).__name__}, not a dict; this is not a DeepSpeed checkpoint."
         )
     return state
+
+
+def _check_archive(path: Path, num_records: int) -> None:
+    """Make sure that torch would read the same members: it knows archives by their first bytes, and compressed ones."""
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        file.seek(0)
+        if file.read(len(SIGNATURE)) != SIGNATURE or len(archive.infolist()) != num_records:
+            raise PickleError("bytes before the archive, or compressed members")
 
 
 def read_count(value: Any) -> int:

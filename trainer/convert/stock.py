@@ -25,7 +25,7 @@ def state_dict_shapes(config: Config, preprocessor: Config) -> dict[str, Shape] 
         return None
     try:
         return dict(_pretraining(config, conformer=config["model_type"] == "wav2vec2-conformer"))
-    except (KeyError, TypeError, ZeroDivisionError):  # a setting is left to its default, or is wrong
+    except (ArithmeticError, LookupError, TypeError, ValueError):  # a setting is left to its default, or is wrong
         return None
 
 

@@ -37,15 +37,15 @@ def stock_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
     extractors: Any = transformers.AutoFeatureExtractor  # its methods carry no types
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         extractors.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConversionError(f"{folder}: transformers cannot load it ({error}); take another checkpoint.") from error
     name = (config.architectures or [None])[0]
     architecture = getattr(transformers, name, None) if name else None
-    if architecture is None:
+    if not isinstance(architecture, type) or not issubclass(architecture, transformers.PreTrainedModel):
         raise ConversionError(
-            f"{folder / 'config.json'}: architectures ({config.architectures}) must name a class of transformers, "
+            f"{folder / 'config.json'}: architectures ({config.architectures}) must name a model of transformers, "
             "such as Wav2Vec2ForPreTraining; correct the entry."
         )
     with torch.device("meta"):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.convert.errors import ConversionError
+from trainer.convert.errors import ConversionError, known_layout
 from trainer.convert.partition import cut_group, cut_parameters, used_numel
 from trainer.convert.safe_load import StoredTensor, read_count, safe_load
 from trainer.convert.swapped import SwappedGroups, noted_groups, read_swapped
@@ -79,7 +79,8 @@ def read_zero(folder: Path, *, world_size: int) -> list[Weight]:
     Raises:
         ConversionError: a shard is missing, double, damaged or of another run, or the layout is unknown.
     """
-    return _weights(_open(folder, world_size))
+    with known_layout(folder):
+        return _weights(_open(folder, world_size))
 
 
 def read_zero_training(folder: Path, *, world_size: int) -> tuple[list[Weight], Moments]:
@@ -88,13 +89,16 @@ def read_zero_training(folder: Path, *, world_size: int) -> tuple[list[Weight], 
     Raises:
         ConversionError: as `read_zero`, or the optimizer was not an Adam.
     """
-    shards = _open(folder, world_size)
-    num_updates = _optimizer_step(shards.states[0]) or 0
-    if num_updates == 0:  # every one was left out so far
-        moments = {key: {name: zeros(name, place.shape) for name, place in shards.places.items()} for key in MOMENTS}
-    else:
-        moments = {key: _gathered(shards.places, _moment_partitions(shards, key)) for key in MOMENTS}
-    return _weights(shards), Moments(moments, num_updates, _adam(shards.states[0]).get("param_groups", []))
+    with known_layout(folder):
+        shards = _open(folder, world_size)
+        num_updates = _optimizer_step(shards.states[0]) or 0
+        if num_updates == 0:  # every one was left out so far
+            moments = {
+                key: {name: zeros(name, place.shape) for name, place in shards.places.items()} for key in MOMENTS
+            }
+        else:
+            moments = {key: _gathered(shards.places, _moment_partitions(shards, key)) for key in MOMENTS}
+        return _weights(shards), Moments(moments, num_updates, _adam(shards.states[0]).get("param_groups", []))
 
 
 def _open(folder: Path, world_size: int) -> Shards:
@@ -131,11 +135,11 @@ def describe_save(folder: Path) -> tuple[int, int]:
     if not shards or not models:
         missing = "model" if shards else "optim"
         raise ConversionError(f"{folder}: *_{missing}_states.pt are missing; copy the shards of all nodes here.")
-    state = _field(shards[0], safe_load(shards[0]), "optimizer_state_dict")
-    saved = _field(shards[0], state, "partition_count")
-    return max(saved) if isinstance(saved, list) else saved, int(
-        _field(models[0], safe_load(models[0]), "global_steps")
-    )
+    with known_layout(folder):
+        state = _field(shards[0], safe_load(shards[0]), "optimizer_state_dict")
+        saved = _field(shards[0], state, "partition_count")
+        step = int(_field(models[0], safe_load(models[0]), "global_steps"))
+        return max(saved) if isinstance(saved, list) else saved, step
 
 
 def rank_files(folder: Path, kind: str, world_size: int) -> list[Path]:

@@ -181,8 +181,6 @@ def _find_place(
     else:
         split = Split("deepspeed", launched_ranks(), partitioning(ds_config))
     if checkpoint is None:
-        if arguments.resume is not None:
-            _say(f"no checkpoint in {folder} yet; starting at update 0")
         return _Place(folder, None, TrainerState(), split, passed_over=passed_over)
     state = read_state(checkpoint)
     check_same_frozen(state, checkpoint, arguments.freeze_feature_encoder)
@@ -199,6 +197,8 @@ def _verify(
 ) -> _Place:
     """Read every byte of the checkpoint before it is loaded; for `latest` a damaged one gives way to an older one."""
     damage: dict[Path, str] = {}
+    # looked for anew, now that the folder is locked: another run may have saved into it since
+    place = dataclasses.replace(_find_place(arguments, ds_config), lock=place.lock)
     _check_same_checkpoint(engine, place)
     while place.checkpoint is not None and (problem := verify_together(place.checkpoint, engine)) is not None:
         damage[place.checkpoint] = problem
@@ -208,6 +208,8 @@ def _verify(
             check_model_matches(place.checkpoint, config)
     for passed_over in place.passed_over:
         _say(f"passed over {passed_over}")
+    if place.checkpoint is None and arguments.resume is not None:
+        _say(f"no checkpoint in {place.folder} yet; starting at update 0")
     return place
 
 

@@ -3,14 +3,18 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.convert.errors import ConversionError
+from trainer.convert.safe_load import safe_load
 from trainer.errors import CannotWrite, UserError
 from trainer.layout import (
     CHECKPOINTS_FOLDER,
+    DEEPSPEED_FOLDER,
     MANIFEST_FILE,
     METRICS_FILE,
     REMOVED_PREFIX,
@@ -32,6 +36,7 @@ from trainer.run.manifest import (
 from trainer.run.storage import free_bytes, gigabytes, on_all_ranks, on_main_rank
 
 STATE_VERSION = 1
+_STEP = re.compile(re.escape(STEP_PREFIX) + r"\d{8,}")
 
 
 @dataclasses.dataclass
@@ -98,8 +103,9 @@ def save_checkpoint(
         if engine.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    if engine.is_main and save_total_limit is not None:
-        prune(run_folder, save_total_limit, state.sound_step)
+    if save_total_limit is not None:
+        keep = save_total_limit
+        on_main_rank(engine, what, lambda: prune(run_folder, keep, state.sound_step), remedy)
     engine.barrier()
     return final
 
@@ -151,7 +157,8 @@ def prune(run_folder: Path, keep: int, sound_step: int | None = None) -> None:
         if folder not in sound[-1:]:
             _remove(folder)
     for folder in (run_folder / CHECKPOINTS_FOLDER).glob(f"{SUPERSEDED_PREFIX}{STEP_PREFIX}*"):
-        if complete and folder.name.removeprefix(SUPERSEDED_PREFIX) <= complete[-1].name:
+        step = folder.name.removeprefix(SUPERSEDED_PREFIX)
+        if complete and _STEP.fullmatch(step) and step <= complete[-1].name:
             _remove(folder)
 
 
@@ -172,7 +179,10 @@ def set_aside(run_folder: Path, resumed_step: int) -> None:
 
 
 def _step_folders(run_folder: Path) -> list[Path]:
-    return sorted((run_folder / CHECKPOINTS_FOLDER).glob(f"{STEP_PREFIX}*"))
+    """The run's own; a copy that somebody keeps beside them under a longer name is none."""
+    return sorted(
+        folder for folder in (run_folder / CHECKPOINTS_FOLDER).glob(f"{STEP_PREFIX}*") if _STEP.fullmatch(folder.name)
+    )
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
@@ -222,6 +232,12 @@ def _named_checkpoint(run_folder: Path, folder: Path, known_damage: Mapping[Path
             f"{run_folder / CHECKPOINTS_FOLDER / step_folder_name(1000)}; {missing}. In {run_folder} {there} "
             "(--save_total_limit removes the oldest)."
         )
+    if folder.name.startswith(SUPERSEDED_PREFIX):
+        name = folder.name.removeprefix(SUPERSEDED_PREFIX)
+        raise UserError(
+            f"resume ({folder}) was set aside when the run went on from an earlier checkpoint; to go back to it, move "
+            f"the step folders made since then elsewhere and rename it to {name}."
+        )
     problem = known_damage.get(folder) or _damage(folder)
     if problem is not None:
         raise UserError(f"checkpoint {folder} is damaged: {problem}; pass an older one, or --resume latest.")
@@ -244,9 +260,23 @@ def _state_content(folder: Path) -> dict[str, Any] | None:
 
 
 def verify_together(folder: Path, engine: Engine) -> str | None:
-    """What is wrong with a checkpoint, every byte of it, or None; ranks share the reading and get the same answer."""
-    found = engine.gather(find_damage(folder, checksums=True, rank=engine.rank, world_size=engine.world_size))
+    """What is wrong with a checkpoint, every byte of it, or None; ranks share the reading and get the same answer.
+
+    DeepSpeed (0.19.8) loads with `weights_only=False`, which runs what a pickle asks for: so they are looked at first.
+    """
+    damage = find_damage(folder, checksums=True, rank=engine.rank, world_size=engine.world_size)
+    shards = sorted((folder / DEEPSPEED_FOLDER).glob("*.pt"))[engine.rank :: engine.world_size]
+    found = engine.gather(damage or _refused(shards))
     return next((problem for problem in found if problem is not None), None)
+
+
+def _refused(shards: Sequence[Path]) -> str | None:
+    try:
+        for shard in shards:
+            safe_load(shard)
+    except ConversionError as error:
+        return str(error)
+    return None
 
 
 def read_state(folder: Path) -> TrainerState:

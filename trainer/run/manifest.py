@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.layout import MANIFEST_FILE
+from trainer.layout import MANIFEST_FILE, is_inside
 
 MANIFEST_VERSION = 1
 _BLOCK_BYTES = 1 << 22
@@ -76,6 +76,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, int]] | None:
     """Size and CRC-32 by relative path as the manifest lists them; None where there is none that can be read."""
     try:
         files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        if not all(is_inside(name) for name in files):
+            return None
         return {str(name): {"bytes": int(it["bytes"]), "crc32": int(it["crc32"])} for name, it in files.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

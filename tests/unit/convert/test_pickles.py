@@ -123,6 +123,10 @@ def test_nesting_without_end() -> None:
     deep = START + b")" + b"\x85" * 100_000 + b"."
     cycle = START + b"]q\x01h\x01a."
     wide = START + b"]q\x01" + b"".join(b"(h\x01h\x01h\x01t" + b"r" + struct.pack("<I", 1) for _ in range(30))
-    for program in (deep, cycle, wide + b"."):
+    # a thousand references to each of a thousand lists, twice over: small to write, a thousand million to follow
+    thousand = b"q\x01".join([b"]", b"(" + b"N" * 1000 + b"e"])
+    for _ in range(2):
+        thousand += b"q\x01" + b"](" + b"h\x01" * 1000 + b"e"
+    for program in (deep, cycle, wide + b".", START + thousand + b"."):
         with pytest.raises(PickleError, match="nested more than"):
             read(program)

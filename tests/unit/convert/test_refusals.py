@@ -75,6 +75,16 @@ def of_another_world(folder: Path, stage: str) -> None:
         rewrite(folder / name, lambda state: state["optimizer_state_dict"].update(partition_count=4))
 
 
+def of_another_layout(folder: Path, stage: str) -> None:
+    for name in SHARDS:
+        rewrite(folder / name, lambda state: state["optimizer_state_dict"].update(partition_count=[]))
+
+
+def without_settings(folder: Path, stage: str) -> None:
+    for name in SHARDS:
+        rewrite(folder / name, lambda state: state["optimizer_state_dict"].update(partition_count=[[1], "2"]))
+
+
 def with_code(folder: Path, stage: str) -> None:
     rewrite(folder / SHARDS[1], lambda state: state.update(extra=Payload(folder / "ran")))
 
@@ -92,6 +102,8 @@ DAMAGES: list[tuple[Callable[[Path, str], None], str]] = [
     (duplicate, SHARDS[1]),
     (of_another_step, SHARDS[1]),
     (of_another_world, "world size 4"),
+    (of_another_layout, "not laid out as DeepSpeed 0.19 saves"),
+    (without_settings, "not laid out as DeepSpeed 0.19 saves"),
     (with_code, f"{SHARDS[1]}: refers to posix.mkdir"),
     (model_states_with_code, "refers to posix.mkdir"),
 ]

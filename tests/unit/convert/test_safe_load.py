@@ -318,6 +318,20 @@ def test_compressed_members_are_refused(tmp_path: Path) -> None:
         safe_load(tmp_path / "bad.pt")
 
 
+def test_what_torch_would_read_otherwise_is_refused(tmp_path: Path) -> None:
+    """torch tells an archive from a bare pickle by its first bytes, and reads compressed members."""
+    write(tmp_path / "bad.pt", tensor(storage()))
+    sound = (tmp_path / "bad.pt").read_bytes()
+    (tmp_path / "bad.pt").write_bytes(b"cos\nsystem\n" + sound)
+    with pytest.raises(ConversionError, match=r"bad\.pt: "):
+        safe_load(tmp_path / "bad.pt")
+    (tmp_path / "bad.pt").write_bytes(sound)
+    with zipfile.ZipFile(tmp_path / "bad.pt", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("other/data.pkl", b"cos\nsystem\n.")
+    with pytest.raises(ConversionError, match=r"bad\.pt: .*compressed members"):
+        safe_load(tmp_path / "bad.pt")
+
+
 def test_members_beyond_four_gigabytes(tmp_path: Path) -> None:
     """Offsets of 64 bits stand in other fields of the archive; the file is sparse and takes no room."""
     content = io.BytesIO()

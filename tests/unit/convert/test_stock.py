@@ -50,14 +50,17 @@ def test_same_as_the_stock_model(family: str, settings: dict[str, Any]) -> None:
 def test_other_models_are_left_to_transformers() -> None:
     _, content = configuration("Wav2Vec2", SMALL)
     assert state_dict_shapes(content, EXTRACTOR) is not None
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         {"architectures": ["Wav2Vec2ForCTC"]},
         {"architectures": None},
         {"model_type": "wav2vec2-bert"},
         {"add_adapter": True},
         {"adapter_attn_dim": 16},
         {"conv_dim": None},
-    ):
+        {"conv_dim": []},
+        {"conv_kernel": [10]},
+    )
+    for change in changes:
         assert state_dict_shapes(content | change, EXTRACTOR) is None, change
     content.pop("conv_bias")
     assert state_dict_shapes(content, EXTRACTOR) is None

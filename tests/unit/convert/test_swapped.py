@@ -29,3 +29,6 @@ def test_weights_and_moments_are_read_without_the_padding(tmp_path: Path) -> Non
         read_swapped(tmp_path, 1, ("3_9", 200), "exp_avg_sq")
     with pytest.raises(ConversionError, match=r"rank01/3_9\.tensor\.swp: is too short"):
         read_swapped(tmp_path, 1, ("3_9", 300))
+    (tmp_path / "outside.tensor.swp").write_bytes(bytes(16))
+    with pytest.raises(ConversionError, match="no name and length"):
+        read_swapped(tmp_path, 1, ("../../outside", 4))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from trainer.errors import CannotWrite, UserError
 from trainer.layout import CHECKPOINTS_FOLDER, MANIFEST_FILE
@@ -58,7 +59,7 @@ class Rank:
 
     def save(self, folder: Path) -> None:
         (folder / "deepspeed").mkdir(exist_ok=True)
-        (folder / "deepspeed" / f"weights{self.rank}.pt").write_bytes(b"w" * self.num_bytes)
+        (folder / "deepspeed" / f"weights{self.rank}.bin").write_bytes(b"w" * self.num_bytes)
         if self.failure is not None:
             raise self.failure
 
@@ -94,8 +95,8 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     state = read_state(folder)
     assert (state.step, state.epoch, state.batch, state.totals) == (7, 2, 5, [1.5, 2.0])
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
-    assert set(manifest["files"]) == {"deepspeed/weights0.pt", "config.json", "trainer_state.json"}
-    assert manifest["files"]["deepspeed/weights0.pt"]["bytes"] == 7
+    assert set(manifest["files"]) == {"deepspeed/weights0.bin", "config.json", "trainer_state.json"}
+    assert manifest["files"]["deepspeed/weights0.bin"]["bytes"] == 7
     assert verify_together(folder, cast(Engine, Rank())) is None
 
 
@@ -106,9 +107,9 @@ def test_ranks_share_the_files(tmp_path: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         folder, *_ = pool.map(lambda rank: _save(tmp_path, 1, rank=rank), ranks)
         assert len(json.loads((folder / MANIFEST_FILE).read_text())["files"]) == 5
-        (folder / "deepspeed" / "weights2.pt").write_bytes(b"wwwwwwx")
+        (folder / "deepspeed" / "weights2.bin").write_bytes(b"wwwwwwx")
         found = list(pool.map(lambda rank: verify_together(folder, cast(Engine, rank)), ranks))
-    assert found == ["deepspeed/weights2.pt does not have the checksum in manifest.json"] * 3
+    assert found == ["deepspeed/weights2.bin does not have the checksum in manifest.json"] * 3
 
 
 def test_a_failed_save_leaves_the_previous_checkpoint_and_is_known_to_all(tmp_path: Path) -> None:
@@ -252,12 +253,12 @@ def _cut_state(folder: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "short": (
-        lambda folder: _truncate(folder / "deepspeed" / "weights0.pt"),
-        "deepspeed/weights0.pt is 4 bytes long, not 7",
+        lambda folder: _truncate(folder / "deepspeed" / "weights0.bin"),
+        "deepspeed/weights0.bin is 4 bytes long, not 7",
     ),
     "missing": (
-        lambda folder: (folder / "deepspeed" / "weights0.pt").unlink(),
-        "deepspeed/weights0.pt is missing",
+        lambda folder: (folder / "deepspeed" / "weights0.bin").unlink(),
+        "deepspeed/weights0.bin is missing",
     ),
     "manifest cut": (lambda folder: _truncate(folder / MANIFEST_FILE), "manifest.json is not readable"),
     "manifest empty": (lambda folder: (folder / MANIFEST_FILE).write_text("{}"), "manifest.json is not readable"),
@@ -294,10 +295,10 @@ def test_a_changed_bit_is_found(tmp_path: Path) -> None:
     large = Rank()
     large.num_bytes = 2_000_000
     older, newer = _save(tmp_path, 1), _save(tmp_path, 2, rank=large)
-    _flip_a_bit(newer / "deepspeed" / "weights0.pt")
+    _flip_a_bit(newer / "deepspeed" / "weights0.bin")
     assert find_checkpoint(tmp_path, "latest") == (newer, [])  # too large to be read by every rank before they meet
     problem = verify_together(newer, cast(Engine, Rank()))
-    assert problem == "deepspeed/weights0.pt does not have the checksum in manifest.json"
+    assert problem == "deepspeed/weights0.bin does not have the checksum in manifest.json"
     assert find_checkpoint(tmp_path, "latest", {newer: problem}) == (older, [f"step-00000002: {problem}"])
     with pytest.raises(UserError, match="does not have the checksum"):
         find_checkpoint(tmp_path, str(newer), {newer: problem})
@@ -357,6 +358,50 @@ def test_the_last_checkpoint_from_before_a_collapse_is_kept(tmp_path: Path) -> N
     assert _names(tmp_path) == ["step-00000004", "step-00000008"]
     prune(tmp_path, 1, sound_step=8)  # it has recovered
     assert _names(tmp_path) == ["step-00000008"]
+
+
+def test_copies_beside_the_runs_own_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        _save(tmp_path, step)
+    parent = tmp_path / CHECKPOINTS_FOLDER
+    for copy in ("step-00000001-keep", "step-best"):
+        shutil.copytree(parent / "step-00000001", parent / copy)
+    prune(tmp_path, 1)
+    set_aside(tmp_path, 3)
+    assert _names(tmp_path) == ["step-00000001-keep", "step-00000003", "step-best"]
+    assert _latest(tmp_path).name == "step-00000003"
+
+
+def test_what_was_set_aside_is_not_resumed_under_that_name(tmp_path: Path) -> None:
+    for step in (1, 2):
+        _save(tmp_path, step)
+    set_aside(tmp_path, 1)
+    with pytest.raises(UserError, match=r"was set aside .* rename it to step-00000002"):
+        find_checkpoint(tmp_path, str(tmp_path / CHECKPOINTS_FOLDER / "superseded-step-00000002"))
+
+
+class Hostile:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+def test_a_shard_that_would_run_code_is_found_before_deepspeed_loads_it(tmp_path: Path) -> None:
+    folder = _save(tmp_path, 2)
+    torch.save({"module": Hostile(f"touch {tmp_path / 'ran'}")}, folder / "deepspeed" / "mp_rank_00_model_states.pt")
+    _list_as_it_is(folder, "deepspeed/mp_rank_00_model_states.pt")
+    assert find_checkpoint(tmp_path, "latest") == (folder, [])
+    problem = verify_together(folder, cast(Engine, Rank()))
+    assert problem is not None and "posix.system" in problem and not (tmp_path / "ran").exists()
+
+
+def test_a_manifest_names_nothing_outside_its_folder(tmp_path: Path) -> None:
+    folder = _save(tmp_path, 2)
+    (folder / MANIFEST_FILE).write_text(json.dumps({"version": 1, "files": {"../x": {"bytes": 1, "crc32": 1}}}))
+    with pytest.raises(UserError, match="not readable"):
+        find_checkpoint(tmp_path, str(folder))
 
 
 def test_a_checkpoint_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
