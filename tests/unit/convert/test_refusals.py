@@ -80,7 +80,7 @@ def of_another_layout(folder: Path, stage: str) -> None:
         rewrite(folder / name, lambda state: state["optimizer_state_dict"].update(partition_count=[]))
 
 
-def without_settings(folder: Path, stage: str) -> None:
+def of_mixed_kinds(folder: Path, stage: str) -> None:
     for name in SHARDS:
         rewrite(folder / name, lambda state: state["optimizer_state_dict"].update(partition_count=[[1], "2"]))
 
@@ -103,7 +103,7 @@ DAMAGES: list[tuple[Callable[[Path, str], None], str]] = [
     (of_another_step, SHARDS[1]),
     (of_another_world, "world size 4"),
     (of_another_layout, "not laid out as DeepSpeed 0.19 saves"),
-    (without_settings, "not laid out as DeepSpeed 0.19 saves"),
+    (of_mixed_kinds, "not laid out as DeepSpeed 0.19 saves"),
     (with_code, f"{SHARDS[1]}: refers to posix.mkdir"),
     (model_states_with_code, "refers to posix.mkdir"),
 ]
