@@ -1,5 +1,6 @@
 """Files that cannot be used: listed in `skipped.tsv`, counted by reason, and too many of them end the run."""
 
+import contextlib
 import os
 import sys
 from collections import Counter
@@ -40,14 +41,21 @@ class SkippedLog:
         self.path = path
         self.most = most
         self.failure: OSError | None = None
-        self.seen = self._listed()
+        self.seen: set[str] = set()
+        self.num_bytes_read = 0
         self.met: set[str] = set()
         self.unshared: list[str] = []
+        self._catch_up()
 
-    def _listed(self) -> set[str]:
-        if not self.path.exists():
-            return set()
-        return {line.split("\t")[0] for line in self.path.read_text(encoding="utf-8").splitlines()}
+    def _catch_up(self) -> None:
+        """Read what was listed since the last time: the whole list for each file would take minutes for 50,000."""
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            file.seek(self.num_bytes_read)
+            lines = file.read().splitlines(keepends=True)
+            if lines and not lines[-1].endswith(b"\n"):
+                lines.pop()  # another rank is at it
+            self.num_bytes_read += sum(map(len, lines))
+            self.seen.update(line.decode(errors="replace").split("\t")[0] for line in lines)
 
     def add(self, items: Iterable[Skipped]) -> None:
         """List the files that are not listed yet."""
@@ -65,7 +73,7 @@ class SkippedLog:
             self.seen.add(name)
 
     def _append(self, name: str, reason: str) -> None:
-        self.seen |= self._listed()  # another rank may have met the file
+        self._catch_up()  # another rank may have met the file
         if name not in self.seen:
             print(f"skipped {name}: {reason}", file=sys.stderr)
             with self.path.open("a", encoding="utf-8") as file:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,16 @@ def test_skipped_files_are_listed_once_across_ranks(tmp_path: Path) -> None:
     first.add([Skipped("/c.wav", "silent")])
     lines = (tmp_path / "skipped.tsv").read_text().splitlines()
     assert lines == ["/a\\tb\\n.wav\tempty", "/c.wav\tsilent"]
+
+
+def test_a_long_list_of_skipped_files_takes_no_time(tmp_path: Path) -> None:
+    """Before ranks meet again: the others wait for the one that lists what has no usable header."""
+    log = SkippedLog(tmp_path / "skipped.tsv", most=20_000)
+    start = time.process_time()
+    log.add(Skipped(f"/data/speech/{number:08d}.wav", "empty") for number in range(10_000))
+    assert time.process_time() - start < 6
+    assert len((tmp_path / "skipped.tsv").read_text().splitlines()) == 10_000
+    assert len(SkippedLog(tmp_path / "skipped.tsv", most=0).seen) == 10_000
 
 
 def test_too_many_skipped_files_end_the_run_on_all_ranks(tmp_path: Path) -> None:
