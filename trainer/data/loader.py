@@ -48,7 +48,7 @@ class UtteranceDataset(Dataset[Batch]):
         """Decode one batch.
 
         An utterance that cannot be decoded is left out and listed in ``skipped``. If none can, the next utterance of
-        the index that is long enough stands in for them.
+        the index that is long enough stands in for them, or where there is none the longest of the shorter ones.
 
         Raises:
             DataError: nor can any of the 100 utterances after the first one.
@@ -102,9 +102,11 @@ class UtteranceDataset(Dataset[Batch]):
 
     def _replacements(self, spec: BatchSpec) -> Iterator[int]:
         following = (np.arange(len(self.index)) + spec.rows[0]) % len(self.index)
-        long_enough = following[self.index.num_samples[following] >= spec.num_samples]
+        # Those that are long enough in the order of the index, then the others, longest first.
+        lacking = np.maximum(spec.num_samples - self.index.num_samples[following], 0)
+        following = following[np.argsort(lacking, kind="stable")]
         tried = set(spec.rows)
-        return itertools.islice((row for row in long_enough.tolist() if row not in tried), _MAX_REPLACEMENTS)
+        return itertools.islice((row for row in following.tolist() if row not in tried), _MAX_REPLACEMENTS)
 
 
 class Window(NamedTuple):

@@ -163,6 +163,16 @@ def test_a_batch_of_failures_takes_the_next_row_that_is_long_enough(index: Audio
     assert {entry.path for entry in batch.skipped} == {index.path(row) for row in spoilt}
 
 
+def test_the_longest_row_fails_and_no_other_is_as_long(index: AudioIndex) -> None:
+    by_length = np.argsort(index.num_samples)
+    spoilt, next_best = int(by_length[-1]), int(by_length[-2])
+    Path(index.path(spoilt)).write_text("spoilt")
+    dataset, num_samples = dataset_of(index), int(index.num_samples[spoilt])
+    batch = dataset[BatchSpec(0, (spoilt,), num_samples)]
+    assert same(batch._replace(skipped=()), dataset[BatchSpec(0, (next_best,), num_samples)])
+    assert [entry.path for entry in batch.skipped] == [index.path(spoilt)]
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_nothing_decodes(index: AudioIndex, num_workers: int) -> None:
     for row in range(len(index)):
