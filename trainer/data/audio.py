@@ -101,7 +101,7 @@ def _open(place: Place) -> Iterator[soundfile.SoundFile]:
         try:
             source = place if isinstance(place, str) else stack.enter_context(_open_range(place))
             file = stack.enter_context(soundfile.SoundFile(source))
-        except (soundfile.SoundFileError, OSError) as error:
+        except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: a name in .raw has no header
             raise AudioError(_why_not_opened(path)) from error
         yield file
 

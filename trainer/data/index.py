@@ -262,6 +262,8 @@ def _write(path: Path, source: Source, listing: Listing, headers: list[Header], 
 
 def _as_index(file: IndexFile, source: Source, flag: str) -> tuple[AudioIndex, list[Skipped]]:
     skipped = [Skipped(file.shown(row), reason) for row, reason in file.reasons()]
+    if len(file) == 0:
+        raise DataError(f"{flag} ({source.name}) must hold audio; there is none in it, so check what it should hold.")
     if len(file.usable) == 0:
         first = f" First: {skipped[0].path} ({skipped[0].reason})." if skipped else ""
         raise DataError(

@@ -78,7 +78,9 @@ class Request(NamedTuple):
 
 
 def checked_row(row: Row) -> Row:
-    """The row, or one that says that its name cannot be kept: the index holds UTF-8 only."""
+    """The row, or one that says that its name cannot be kept (the index holds UTF-8 only) or be that of a file."""
+    if "\0" in row.name:
+        return row._replace(reason="zero byte in file name")
     try:
         row.name.encode()
     except UnicodeEncodeError:

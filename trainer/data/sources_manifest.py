@@ -5,7 +5,7 @@ import re
 
 from trainer.data.rows import DataError, Listing, Request, Row, Source, Stamp, checked_row
 
-_IN_ZIP = re.compile(r"(.+\.zip):(\d+):(\d+)")
+_IN_ZIP = re.compile(r"([^\0]+\.zip):(\d{1,18}):(\d{1,18})")  # numbers that fit 64 bits
 
 
 def manifest_source(request: Request) -> Source:
@@ -26,12 +26,13 @@ def manifest_source(request: Request) -> Source:
         status = os.stat(path)
     except OSError as error:
         raise DataError(f"{where} cannot be read: {error.strerror}.") from error
+    # Part of the identity below: with another root, or a relative one from elsewhere, the same names are other files.
     root = os.path.abspath(first)
     if not first or not os.path.isdir(root):
         raise DataError(f"{where} must name an existing folder in its first line, not {first!r}; correct that line.")
     stamp = Stamp(path, status.st_size, status.st_mtime_ns)
     label = os.path.splitext(os.path.basename(path))[0]
-    return Source(request.name, label, root, f"manifest {path}", [stamp], lambda: _read(path, where))
+    return Source(request.name, label, root, f"manifest {path} of {root}", [stamp], lambda: _read(path, where))
 
 
 def _read(path: str, where: str) -> Listing:

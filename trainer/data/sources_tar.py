@@ -10,6 +10,9 @@ from trainer.data.rows import Listing, Request, Row, Source, Stamp, checked_row
 _NUM_THREADS = 16
 # A shard is read header by header: on a network file system that is waiting, which threads overlap.
 
+_DAMAGED = (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError, MemoryError, RecursionError)
+# What tarfile raises for damaged headers: it believes the numbers in them.
+
 
 def tar_source(request: Request, shards: list[str], is_audio: Callable[[str], bool]) -> Source:
     """The audio members of uncompressed tar files, shard by shard in the order of their names.
@@ -41,11 +44,13 @@ def _members(root: str, number: int, stamp: Stamp, is_audio: Callable[[str], boo
         with tarfile.open(os.path.join(root, stamp.path), "r:", encoding="utf-8") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # or it keeps them all
+                if archive.offset <= member.offset:  # a size below 0: Python before 3.13.6 goes round in circles
+                    raise tarfile.ReadError("negative size")
                 if not member.isreg() or member.issparse() or not is_audio(member.name):
                     continue
                 row = Row(member.name, number, member.offset_data, member.size, stamp.mtime_ns)
                 if member.offset_data + member.size > stamp.size:
-                    row = row._replace(reason="truncated or damaged")
+                    row = row._replace(length=0, reason="truncated or damaged")  # the size may be any number
                 yield checked_row(row)
-    except (tarfile.TarError, OSError, ValueError):
+    except _DAMAGED:
         yield Row("(rest of the shard)", number, mtime_ns=stamp.mtime_ns, reason="damaged tar file")

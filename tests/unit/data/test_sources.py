@@ -4,6 +4,7 @@ import pickle
 import re
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from trainer.data.audio import decode, read_num_samples
 from trainer.data.index import AudioIndex, build_index, concatenate
 from trainer.data.rows import DataError, Request, Skipped
 from trainer.data.sources import open_source
+
+WriteAudio = Callable[..., Path]
 
 
 def find_audio_files(folder: str) -> list[str]:
@@ -152,6 +155,31 @@ def test_a_manifest_that_is_none(tmp_path: Path, text: str, message: str) -> Non
         index_of(tmp_path / "m.tsv", tmp_path)
 
 
+def test_a_manifest_with_odd_names(tmp_path: Path, corpus: Path) -> None:
+    """A line that is no path, a range beyond 64 bits and headerless audio are left out like any other file."""
+    (tmp_path / "x.raw").write_bytes(bytes(range(256)) * 100)
+    odd = ["a\0b.wav", "a\0b.zip:1:2", f"a.zip:{10**20}:5", f"a.zip:5:{10**20}", f"{tmp_path}/x.raw"]
+    (tmp_path / "m.tsv").write_text("\n".join([str(corpus), "0/00.flac\t1", *(f"{name}\t1" for name in odd)]))
+    index, skipped = index_of(tmp_path / "m.tsv", tmp_path)
+    assert len(index) == 1
+    zero = "zero byte in file name"
+    assert [item.reason for item in skipped] == [zero, zero, "missing", "missing", "unreadable"]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_manifest_of_another_root(
+    tmp_path: Path, write_audio: WriteAudio, monkeypatch: pytest.MonkeyPatch, relative: bool
+) -> None:
+    """Neither the lengths nor the place of the files that had these names under the root before."""
+    for seconds in (1, 2):
+        root = write_audio(f"{seconds}/a.wav", seconds).parent
+        monkeypatch.chdir(root)
+        if not relative or seconds == 1:
+            (tmp_path / "m.tsv").write_text(f"{'.' if relative else root}\na.wav\t16000\n")
+        index, _ = index_of(tmp_path / "m.tsv", tmp_path)
+        assert (index.path(0), index.num_samples.tolist()) == (str(root / "a.wav"), [seconds * 16_000])
+
+
 def write_tar(path: Path, files: list[Path], long_names: bool = False) -> None:
     with tarfile.open(path, "w") as archive:
         for file in files:
@@ -198,6 +226,30 @@ def test_a_shard_that_is_no_tar(tmp_path: Path, shards: list[Path]) -> None:
     assert [(item.path.rpartition("/")[2], item.reason) for item in skipped] == [
         ("02.tar:(rest of the shard)", "damaged tar file")
     ]
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("size", [-512, -1024, -(2**70), 2**40, 2**63, 2**70])
+def test_a_shard_with_an_impossible_size(tmp_path: Path, corpus: Path, kind: bytes, size: int) -> None:
+    write_tar(tmp_path / "a.tar", [corpus / "0/00.flac"])
+    header = tarfile.TarInfo("b.flac")
+    header.type = kind
+    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = (b"\xff" if size < 0 else b"\x80") + (size % 2**88).to_bytes(11, "big")
+    block[148:156] = b"%06o\0 " % (8 * ord(" ") + sum(block[:148]) + sum(block[156:]))
+    content = (tmp_path / "a.tar").read_bytes().rstrip(b"\0")
+    content += bytes(-len(content) % 512)
+    (tmp_path / "a.tar").write_bytes(content + block + bytes(4096))
+    index, skipped = index_of(tmp_path / "a.tar", tmp_path)
+    assert len(index) == 1
+    assert {item.reason for item in skipped} <= {"truncated or damaged", "damaged tar file"} and skipped
+
+
+def test_a_shard_without_audio(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    write_tar(tmp_path / "text.tar", [tmp_path / "a.txt"])
+    with pytest.raises(DataError, match="must hold audio; there is none in it"):
+        index_of(tmp_path / "text.tar", tmp_path)
 
 
 def test_a_changed_shard_is_read_again(tmp_path: Path, shards: list[Path]) -> None:
