@@ -19,6 +19,8 @@ _MARGIN_SAMPLES = 256
 # Read on each side of a range for the resampler, in 16 kHz samples. The impulse response of soxr's HQ filter falls
 # below 1e-5 within 166 of them at 8 kHz and within 83 at 16 kHz and above.
 
+SILENT = "silent"
+"""Reason of an `AudioError`: every sample that was read is the same."""
 _TRUNCATED = "truncated or damaged"
 _RATES = range(4_000, 768_001)
 # Hz. A damaged header may claim any rate, and the length in 16 kHz samples follows from it.
@@ -78,6 +80,21 @@ def decode(place: Place, start: int, num_samples: int) -> npt.NDArray[np.float32
         if file.samplerate == SAMPLE_RATE:
             return _read_mono(file, start, start + num_samples)
         return _decode_resampled(file, start, num_samples)
+
+
+def has_sound(place: Place) -> bool:
+    """Whether the samples of the file differ at all; reads from its beginning until they do. Raises `AudioError`."""
+    first: np.float32 | None = None
+    with _open(place) as file:
+        try:
+            for channels in file.blocks(_READ_BYTES, dtype="float32", always_2d=True):  # [N, channels]
+                mono = channels.mean(axis=1)
+                first = mono[0] if first is None else first
+                if (mono != first).any():
+                    return True
+        except soundfile.SoundFileError as error:
+            raise AudioError(_TRUNCATED) from error
+    return False
 
 
 def normalise(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -214,7 +231,7 @@ def _read_mono(file: soundfile.SoundFile, start: int, stop: int) -> npt.NDArray[
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         raise AudioError("not finite")
     if lowest == highest:
-        raise AudioError("silent")
+        raise AudioError(SILENT)
     return mono
 
 

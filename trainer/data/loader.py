@@ -9,12 +9,13 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.data.audio import AudioError, decode, normalise
+from trainer.data.audio import SILENT, AudioError, Place, decode, has_sound, normalise
 from trainer.data.batching import Batching, BatchSpec, Cursor, Take, windows
 from trainer.data.collate import Batch, MaskSettings, collate, crop_purpose
 from trainer.data.frames import FrameGeometry
 from trainer.data.index import AudioIndex, DataError, Skipped
 from trainer.data.masking import utterance_rng
+from trainer.data.rows import SILENT_IN_PART
 from trainer.data.workers import init_worker, signals_blocked, start_fork_server
 
 _MAX_REPLACEMENTS = 100
@@ -83,10 +84,11 @@ class UtteranceDataset(Dataset[Batch]):
         decoded = []
         for row, take in rows:
             num_samples = min(int(self.index.num_samples[row]), spec.num_samples)
+            place = self.index.place(row)
             try:
-                waveform = decode(self.index.place(row), self._crop_start(spec, row, take, num_samples), num_samples)
+                waveform = decode(place, self._crop_start(spec, row, take, num_samples), num_samples)
             except AudioError as error:
-                skipped.append(Skipped(self.index.path(row), error.reason))
+                skipped.append(Skipped(self.index.path(row), _reason(place, error)))
             else:
                 decoded.append((row, take, normalise(waveform)))
         return decoded
@@ -107,6 +109,16 @@ class UtteranceDataset(Dataset[Batch]):
         following = following[np.argsort(lacking, kind="stable")]
         tried = set(spec.rows)
         return itertools.islice((row for row in following.tolist() if row not in tried), _MAX_REPLACEMENTS)
+
+
+def _reason(place: Place, error: AudioError) -> str:
+    """Why a crop is left out: silence says something about the file only where all of it is silent."""
+    if error.reason != SILENT:
+        return error.reason
+    try:
+        return SILENT_IN_PART if has_sound(place) else SILENT
+    except AudioError as worse:
+        return worse.reason
 
 
 class Window(NamedTuple):

@@ -10,6 +10,10 @@ class DataError(UserError):
     """The user's data cannot be trained on; the message names the setting, its value, the rule and the remedy."""
 
 
+SILENT_IN_PART = "silent in part"
+"""Reason for leaving out one crop of a file that holds sound elsewhere: long recordings have pauses of zeros."""
+
+
 class Skipped(NamedTuple):
     """A file left out, and why in a few words."""
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from trainer.data.rows import Skipped
+from trainer.data.rows import SILENT_IN_PART, Skipped
 from trainer.errors import RunWentBad
 from trainer.layout import SKIPPED_FILE
 
@@ -61,7 +61,7 @@ class SkippedLog:
         """List the files that are not listed yet."""
         for item in items:
             name = _shown(item.path)
-            if name not in self.met:
+            if name not in self.met and item.reason != SILENT_IN_PART:  # of such a file other crops are used
                 self.met.add(name)
                 self.unshared.append(name)
             if name in self.seen:

@@ -2,10 +2,12 @@ import dataclasses
 import itertools
 import multiprocessing
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from trainer.data.audio import decode, normalise
@@ -25,6 +27,7 @@ from trainer.data.index import AudioIndex, DataError, build_index
 from trainer.data.loader import UtteranceDataset, Window, training_windows, validation_loader
 from trainer.data.sampling import takes_by_length
 
+WriteAudio = Callable[..., Path]
 SETTINGS = MaskSettings(mask_prob=0.65, mask_length=10, num_negatives=5)
 START = Cursor(0, 0)
 LIMITS = Limits(max_batch_samples=80_000, max_batch_size=4, max_samples=24_000)
@@ -161,6 +164,19 @@ def test_a_batch_of_failures_takes_the_next_row_that_is_long_enough(index: Audio
     expected = next(row for row in candidates if row in by_length[-4:-2])
     assert same(batch._replace(skipped=()), dataset[BatchSpec(0, (expected,), num_samples)])
     assert {entry.path for entry in batch.skipped} == {index.path(row) for row in spoilt}
+
+
+def test_a_silent_stretch_is_not_a_silent_file(tmp_path: Path, write_audio: WriteAudio) -> None:
+    sound, rate = soundfile.read(write_audio("corpus/a.flac", 2))
+    soundfile.write(tmp_path / "corpus/a.flac", np.concatenate([sound, np.zeros(20 * rate), sound]), rate)
+    soundfile.write(tmp_path / "corpus/b.flac", np.zeros(24 * rate), rate)
+    write_audio("corpus/c.flac", 3)
+    index, _ = build_index(str(tmp_path / "corpus"), str(tmp_path / "cache"), progress=False)
+    batch = dataset_of(index, random_crop=False)[BatchSpec(0, (0, 1, 2), 2 * rate)]
+    assert [(Path(item.path).name, item.reason) for item in batch.skipped] == [
+        ("a.flac", "silent in part"),
+        ("b.flac", "silent"),
+    ]
 
 
 def test_the_longest_row_fails_and_no_other_is_as_long(index: AudioIndex) -> None:
