@@ -39,9 +39,11 @@ def open_source(request: Request) -> Source:
     files = sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.exists(name) else [name]
     suffixes = {os.path.splitext(file)[1].lower() for file in files}
     if files and all(os.path.isfile(file) for file in files):
-        if suffixes == {".tsv"} and len(files) == 1:
+        if suffixes == {".tsv"}:
             _refuse_parts(request, "a manifest")
-            return manifest_source(request)
+            if len(files) > 1:
+                raise DataError(f"{request.flag} ({name}) must be one manifest, not {len(files)}; name each of them.")
+            return manifest_source(request._replace(name=files[0]))
         if suffixes == {".tar"}:
             _refuse_parts(request, "tar shards")
             return tar_source(request, files, is_audio)

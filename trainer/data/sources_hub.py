@@ -90,12 +90,14 @@ def _load(request: Request, *words: str, **options: Any) -> Any:
             f"{where} is neither a file or folder here nor a data set of the Hub that can be reached: {_brief(error)}; "
             "check the name, the network and, for gated data, your token."
         ) from error
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # whatever its readers of CSV, zip, JSON and so on raise for files that are none
         said = _brief(error)
-        if "torchcodec" in said and os.path.isdir(request.name):
+        if os.path.isdir(request.name) and ("torchcodec" in said or request.config is None):
+            said = "" if "torchcodec" in said else f" (`datasets` says: {said})"
             raise DataError(
                 f"dataset_split_names ({request.split}) must be a subfolder of {request.name} with audio files, or "
-                f"{request.name} a data set with that split; correct the name, or leave --dataset_split_names out."
+                f"{request.name} a data set with that split{said}; correct the name, or leave --dataset_split_names "
+                "out."
             ) from error
         if "torchcodec" in said:
             raise DataError(
@@ -240,7 +242,7 @@ def _offsets(request: Request, encoded: pa.Array, content: pa.Buffer) -> Any:
 def _languages(request: Request, batch: pa.RecordBatch) -> list[str | None] | None:
     if request.language_column is None:
         return None
-    values = _column(request, batch, request.language_column, "language_column").to_pylist()
+    values = _column(request, batch, request.language_column, "language_column_name").to_pylist()
     names = _class_names(batch.schema, request.language_column)
     return [None if value is None else str(names[value] if names else value) for value in values]
 

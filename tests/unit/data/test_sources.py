@@ -305,5 +305,18 @@ def test_parts_of_what_has_none(tmp_path: Path, manifest: Path) -> None:
         index_of(manifest, tmp_path, split="test")
 
 
+def test_a_split_of_a_folder_that_has_none(tmp_path: Path, corpus: Path) -> None:
+    (corpus / "notes.zip").write_text("no zip")
+    with pytest.raises(DataError, match=r"dataset_split_names \(train\) must be a subfolder of .*not a zip file"):
+        open_source(Request(str(corpus), split="train", cache_dir=str(tmp_path / "cache")))
+
+
+def test_a_pattern_of_manifests(tmp_path: Path, manifest: Path) -> None:
+    assert len(index_of(tmp_path / "tr*.tsv", tmp_path)[0]) == 20
+    (tmp_path / "train2.tsv").write_text(manifest.read_text())
+    with pytest.raises(DataError, match="must be one manifest, not 2; name each"):
+        index_of(tmp_path / "tr*.tsv", tmp_path)
+
+
 def test_a_split_of_a_folder_is_a_subfolder(tmp_path: Path, corpus: Path) -> None:
     decodes_as(index_of(corpus, tmp_path, split="1")[0], sorted((corpus / "1").iterdir()))

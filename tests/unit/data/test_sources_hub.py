@@ -103,6 +103,8 @@ def test_saved_to_disk(tmp_path: Path, corpus: Path) -> None:
         index_of(tmp_path / "saved", tmp_path, split="test")
     with pytest.raises(DataError, match=r"audio_column_name \(sound\) .* there are audio, language, class"):
         index_of(tmp_path / "saved", tmp_path, audio_column="sound")
+    with pytest.raises(DataError, match=r"language_column_name \(tongue\) .* there are audio, language, class"):
+        index_of(tmp_path / "saved", tmp_path, language_column="tongue")
     with pytest.raises(DataError, match=r"audio_column_name \(class\) must be a column of audio"):
         index_of(tmp_path / "saved", tmp_path, audio_column="class")
 
