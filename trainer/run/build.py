@@ -124,6 +124,7 @@ def build(arguments: PretrainArguments) -> Run | None:
         return None
     with explaining_out_of_memory(demand):
         totals = _restore(engine, place, arguments)
+    _note_corpus(place.state, fingerprint(corpus))
     skipped = SkippedLog(place.folder / SKIPPED_FILE, int(arguments.max_skipped_fraction * corpus.num_files))
     if engine.is_main:
         skipped.add(corpus.skipped)
@@ -335,6 +336,17 @@ def _load(engine: Engine, place: _Place, checkpoint: Path) -> None:
         num_updates=place.state.step,
         num_skipped_updates=place.state.skipped_steps,
     )
+
+
+def _note_corpus(state: TrainerState, corpus: int) -> None:
+    """Say where the audio is not that of the checkpoint: its place in the order of samples then means little."""
+    if state.corpus not in (None, corpus):
+        _say(
+            "the audio to train or validate on is not what it was when the checkpoint was written (other utterances, "
+            f"lengths or split): epoch {state.epoch} goes on in another order, so some may come twice in it or not "
+            "at all, and validation may differ"
+        )
+    state.corpus = corpus
 
 
 def _continue_state(state: TrainerState, split: Split, arguments: PretrainArguments) -> None:

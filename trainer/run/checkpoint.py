@@ -55,6 +55,7 @@ class TrainerState:
     sound_step: int | None = None  # last log that showed more than collapsed codebooks; None: of an older program
     totals: list[float] = dataclasses.field(default_factory=list)
     partitioning: dict[str, Any] | None = None  # None in a checkpoint from before it was noted
+    corpus: int | None = None  # `corpus.fingerprint` of the audio; None in such a checkpoint too
     num_micro_batches: int = 0  # of all ranks since the start; 0 in such a checkpoint too
     version: int = STATE_VERSION
 

@@ -15,7 +15,7 @@ from trainer.data.audio import SAMPLE_RATE
 from trainer.data.index import AudioIndex
 from trainer.errors import UserError
 from trainer.model.sizes import SIZES
-from trainer.run.build import _build_model, _continue_state, _demand, _max_train_steps, _model_config
+from trainer.run.build import _build_model, _continue_state, _demand, _max_train_steps, _model_config, _note_corpus
 from trainer.run.checkpoint import TrainerState
 from trainer.run.corpus import Corpus
 from trainer.run.run_folder import Split, check_same_frozen
@@ -106,3 +106,12 @@ def test_a_run_that_its_card_will_not_hold_is_warned_with_the_numbers(capsys: py
         demand = _demand(arguments, config, None, corpus, card_bytes)
         assert (demand.batch_seconds, demand.num_ranks) == (1500.0, 1)
         assert ("lower --per_device_train_batch_size (500)" in capsys.readouterr().err) == warned
+
+
+def test_audio_that_changed_since_the_checkpoint_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    state = TrainerState(step=5)  # of an older program, or at the start
+    for corpus in (3, 3):
+        _note_corpus(state, corpus)
+    assert capsys.readouterr().err == "" and state.corpus == 3
+    _note_corpus(state, 4)
+    assert "is not what it was" in capsys.readouterr().err and state.corpus == 4
