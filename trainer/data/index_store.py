@@ -3,6 +3,7 @@
 import json
 import mmap
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,12 @@ def write_index(path: Path, columns: dict[str, pa.Array], header: dict[str, Any]
     """Write an index that appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = SCHEMA.with_metadata({"index": json.dumps(header)})
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Where a file system cannot lock, processes of several machines may be at it.
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     batch = pa.record_batch([columns[field.name] for field in SCHEMA], schema=schema)
-    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        writer.write_batch(batch)
-    os.replace(temporary, path)
+    try:
+        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            writer.write_batch(batch)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

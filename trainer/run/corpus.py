@@ -1,6 +1,7 @@
 """From the data flags to indexes of utterances and streams of batches."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -32,12 +33,12 @@ from trainer.data.index import (
 from trainer.data.loader import UtteranceDataset, Window, training_windows, validation_loader
 from trainer.data.rows import Request, Skipped
 from trainer.data.sampling import tag_factors, takes_by_length
-from trainer.errors import UserError
+from trainer.errors import CannotWrite, UserError
 from trainer.run.skipped import count_reasons, write_skipped
 
 _FEWEST_FRAMES = 2  # one to predict and one to tell it from
 
-
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _STARTED = time.time()
 
 
@@ -139,7 +140,15 @@ def _open_source(request: Request, arguments: PretrainArguments, progress: bool)
     with _one_process_at_a_time(cache, progress):
         # Another rank of this run may just have done it.
         rebuild = arguments.overwrite_cache and not built_since(request, cache, _STARTED)
-        return build_index(request, cache, progress, rebuild, arguments.preprocessing_num_workers)
+        try:
+            return build_index(request, cache, progress, rebuild, arguments.preprocessing_num_workers)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise CannotWrite(
+                f"the index in {cache} cannot be written: {os.strerror(error.errno)}. Make room there or set "
+                "--cache_dir; the same command goes on where this one was."
+            ) from error
 
 
 @contextlib.contextmanager

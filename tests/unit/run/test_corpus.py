@@ -1,5 +1,7 @@
 """From data flags to batches: what an epoch takes of each source."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from trainer.data.batching import Batching, epoch_batches
 from trainer.data.frames import WAV2VEC2_GEOMETRY
 from trainer.errors import UserError
 from trainer.run.corpus import Corpus, batching_of, open_corpus
+
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -62,3 +66,21 @@ def test_sources_are_balanced(sources: list[str], tmp_path: Path, one_crop_per_u
 def test_nothing_to_balance(sources: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^sampling_alpha \(0.5\) must be 1 for audio of one language from one source"):
         open_(sources[:1], tmp_path, sampling_alpha=0.5)
+
+
+def test_no_room_for_an_index(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    soundfile.write(tmp_path / "corpus/a.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 80_000), 16_000)
+    # -B: byte code would be cut off too
+    words = [sys.executable, "-B", "-m", "trainer", "prepare", f"--dataset_name={tmp_path / 'corpus'}"]
+    words.append(f"--cache_dir={tmp_path / 'cache'}")
+    small = ["sh", "-c", 'ulimit -f 1; exec "$@"', "sh"]
+    limited = subprocess.run([*small, *words], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert limited.returncode == 1
+    assert (
+        f"trainer: error: the index in {tmp_path}/cache/audio-index cannot be written: File too large."
+        in limited.stderr
+    )
+    assert "Traceback" not in limited.stderr
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    assert subprocess.run(words, cwd=REPOSITORY, check=False).returncode == 0
