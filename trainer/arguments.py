@@ -247,7 +247,7 @@ class PretrainArguments:
     )
     hang_timeout_seconds: float = flag(
         600.0, "A rank that makes no progress for this long ends the run with code 1. Until the first update is done, "
-        "and for a save, it is 30 minutes.", group="run", rule=POSITIVE,
+        "and for a save, it is 30 minutes, if that is longer.", group="run", rule=POSITIVE,
     )  # fmt: skip
     report_to: str = flag("none", "Where metrics go besides metrics.jsonl.", group="run", choices=TRACKERS)
     config: str | None = flag(None, "Recipe: a shipped name or a YAML file whose keys are these flags.", group="run")

@@ -1,6 +1,7 @@
 """From flags to a run that is ready to train; whatever the user can get wrong is found before ranks meet."""
 
 import dataclasses
+import datetime
 import os
 import sys
 import time
@@ -62,7 +63,7 @@ from trainer.run.signals import StopRequest
 from trainer.run.skipped import SkippedLog
 from trainer.run.storage import on_main_rank, scarce_room, too_little_room
 from trainer.run.trackers import check_tracker, start_tracker
-from trainer.run.watchdog import PATIENCE_SECONDS, Watchdog
+from trainer.run.watchdog import Watchdog, patience_seconds
 
 
 def pretrain(arguments: PretrainArguments) -> int:
@@ -103,7 +104,7 @@ def build(arguments: PretrainArguments) -> Run | None:
     stop.install()
     watchdog = Watchdog(rank=int(os.environ.get("RANK", "0")))
     watchdog.start()
-    watchdog.expect("the start", PATIENCE_SECONDS)
+    watchdog.expect("the start", patience_seconds(arguments.hang_timeout_seconds))
     with explaining_out_of_memory(demand):
         engine = _build_engine(arguments, config, ds_config, place)
     if ds_config is not None:
@@ -269,6 +270,8 @@ def _build_engine(
         max_grad_norm=arguments.max_grad_norm,
         log_with=None if arguments.report_to == "none" else arguments.report_to,
         project_folder=place.folder,
+        # a shorter one would end what a longer --hang_timeout_seconds allows
+        collective_timeout=datetime.timedelta(seconds=patience_seconds(arguments.hang_timeout_seconds)),
     )
 
 

@@ -366,6 +366,7 @@ def build_engine(
     max_grad_norm: float,
     log_with: str | None,
     project_folder: Path,
+    collective_timeout: datetime.timedelta = COLLECTIVE_TIMEOUT,
 ) -> Engine:
     """Start the process group and prepare model and optimizer; `ds_config` is resolved, None means plain PyTorch.
 
@@ -388,7 +389,7 @@ def build_engine(
         cpu=ds_config is None and not torch.cuda.is_available(),
         deepspeed_plugin=None if ds_config is None else DeepSpeedPlugin(hf_ds_config=ds_config),
         kwargs_handlers=[
-            InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT),
+            InitProcessGroupKwargs(backend=backend, timeout=collective_timeout),
             # with every forward pass it would send rank 0's, which are either constant or averaged when they are read
             DistributedDataParallelKwargs(broadcast_buffers=False),
         ],
@@ -436,7 +437,7 @@ def probe_engine(engine: Engine, model: nn.Module, ds_config: dict[str, Any]) ->
         "stage3_param_persistence_threshold": 0,
     }
     for section in ("offload_param", "offload_optimizer"):
-        if zero.get(section, {}).get("device") == "nvme":
+        if (zero.get(section) or {}).get("device") == "nvme":
             del zero[section]  # no files for a probe
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     # monitors and profilers would write to the user's folders, and the compiled optimizer is not what is checked

@@ -30,7 +30,7 @@ from trainer.run.skipped import SkippedLog
 from trainer.run.steps import audio_seconds, dropped_layers, forward, seed_micro_batch
 from trainer.run.storage import on_all_ranks
 from trainer.run.trackers import track
-from trainer.run.watchdog import PATIENCE_SECONDS, Watchdog
+from trainer.run.watchdog import Watchdog, patience_seconds
 
 EXIT_DONE = 0
 EXIT_STOPPED = 4
@@ -68,7 +68,7 @@ class Run:
             self.arguments, self.corpus.train, self.geometry, self.masks, cursor,
             self.engine.rank, self.engine.world_size, self._pin_memory,
         )  # fmt: skip
-        self.watchdog.expect("the first update", PATIENCE_SECONDS)
+        self.watchdog.expect("the first update", self._patience_seconds)
         with contextlib.closing(windows):  # ends the worker processes
             for window in windows:
                 stop, result, rate, temperature = self.update(window)
@@ -170,7 +170,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint that holds the sums of the running interval too."""
-        self.watchdog.expect("saving", PATIENCE_SECONDS)
+        self.watchdog.expect("saving", self._patience_seconds)
         start = time.monotonic()
         self.state.interval_seconds = start - self.interval_start
         self.state.totals = self.engine.sum_over_ranks(self.totals.values).tolist()
@@ -183,11 +183,15 @@ class Run:
 
     def close(self) -> None:
         """End the bar, the trackers and the process group, and let go of the run folder."""
-        self.watchdog.expect("the end", PATIENCE_SECONDS)
+        self.watchdog.expect("the end", self._patience_seconds)
         self.progress.close()
         self.engine.close()
         if self.lock is not None:
             self.lock.close()
+
+    @property
+    def _patience_seconds(self) -> float:
+        return patience_seconds(self.arguments.hang_timeout_seconds)
 
     @property
     def _pin_memory(self) -> bool:

@@ -1,8 +1,8 @@
 """Ends a rank that waits for one that is dead or hung: no exit code is worse than a wait without end.
 
-The process group's own timeout (30 minutes, see `engine.py`) is for starts and saves. For updates it would have to be
-short, and torch changes that of a living group only through a private call, group by group, DeepSpeed's included. So
-each rank watches its own progress in a thread, whatever it waits for, be it a collective or a file system. Ranks wait
+The process group's own timeout (30 minutes or `--hang_timeout_seconds`, if that is longer) is for starts and saves. For
+updates it would have to be short, and torch changes that of a living group only through a private call, group by group,
+DeepSpeed's included. So each rank watches its own progress in a thread, whatever it waits for, be it a collective or a file system. Ranks wait
 for each other in every update: one that hangs stops all, and all end.
 """
 
@@ -18,9 +18,16 @@ from trainer.run.engine import COLLECTIVE_TIMEOUT
 
 _Item = TypeVar("_Item")
 
-# For what takes long once: the start, the first update, a save, the end.
-PATIENCE_SECONDS = COLLECTIVE_TIMEOUT.total_seconds()
+_PATIENCE_SECONDS = COLLECTIVE_TIMEOUT.total_seconds()
 _TICK_SECONDS = 1.0
+
+
+def patience_seconds(hang_timeout_seconds: float) -> float:
+    """For what takes long once: the start, the first update, a save, the end; and for any one collective.
+
+    Never less than `--hang_timeout_seconds`, which is what a rank that gave up advises to raise.
+    """
+    return max(_PATIENCE_SECONDS, hang_timeout_seconds)
 
 
 class _Task(NamedTuple):

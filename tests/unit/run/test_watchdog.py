@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+from trainer.run.watchdog import patience_seconds
+
 _CODE = """
 import sys, time
 from trainer.run.watchdog import Watchdog
@@ -37,6 +39,11 @@ def test_progress_keeps_it_quiet_and_a_hang_is_told_with_its_place() -> None:
         told = process.stderr.read()
     assert "error on rank 3: update 8 took longer than 2 s" in told and "--resume latest" in told
     assert 'File "<string>", line' in told  # where it stands
+
+
+def test_patience_is_never_less_than_the_flag_that_its_message_names() -> None:
+    assert patience_seconds(600) == 1800
+    assert patience_seconds(7200) == 7200
 
 
 def test_the_time_a_suspended_job_did_not_run_does_not_count() -> None:
