@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.arguments import PretrainArguments
 from trainer.errors import UserError
-from trainer.run.ds_schema import unknown_keys
+from trainer.run.ds_schema import misplaced_values, unknown_keys
 from trainer.run.nvme import nvme_problems, own_folder
 
 # In a checkout beside `trainer/`, in an installed wheel inside it.
@@ -38,6 +38,15 @@ LATER_AUTO = frozenset(
         "data_types.keep_in_fp32_modules",
     }
 )
+
+# The names that DeepSpeed takes for each.
+_TYPES = {
+    "communication_data_type": ("fp32", "bf16", "fp16"),
+    "data_types.grad_accum_dtype": (
+        *("fp32", "float32", "float", "torch.float32", "bf16", "bfloat16", "torch.bfloat16"),
+        *("fp16", "float16", "half", "torch.float16"),
+    ),
+}
 
 
 class DsConfigError(UserError):
@@ -122,6 +131,8 @@ def resolve_ds_config(
     )
     problems = [
         *unknown_keys(config, frozenset(REFUSED_KEYS)),
+        *sorted(misplaced_values(config)),
+        *_data_type_problems(config),
         *(f"{key} is set, but {owner}; remove it." for key, owner in REFUSED_KEYS.items() if key in config),
         *_zero_stage_problems(config),
         *nvme_problems(config, nvme_path, source),
@@ -187,6 +198,16 @@ def _zero_stage_problems(config: dict[str, Any]) -> Iterator[str]:
         )
     if isinstance(zero, dict) and stage == "auto":
         zero["stage"] = None  # Told once: it must not be listed among the left-over "auto" values as well.
+
+
+def _data_type_problems(config: dict[str, Any]) -> Iterator[str]:
+    """DeepSpeed names neither the key nor the file."""
+    for path, known in _TYPES.items():
+        section, _, key = path.rpartition(".")
+        node = config.get(section) if section else config
+        value = node.get(key) if isinstance(node, dict) else None
+        if value not in (None, "auto", *known):  # "auto" is told of with the others
+            yield f'{path} ({json.dumps(value)}) must be "fp32", "bf16" or "fp16"; write one of them or remove it.'
 
 
 def _own(config: dict[str, Any], path: str, value: object, owner: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ Taken from DeepSpeed 0.19.8 and kept here because importing it takes seconds; a 
 """
 
 import difflib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,6 +71,20 @@ def unknown_keys(config: dict[str, Any], also: frozenset[str]) -> Iterator[str]:
             if key not in known and not (path == "" and key in also):
                 shown = f"{path}.{key}" if path else key
                 yield f"{shown} is not a key that DeepSpeed reads{_hint(key, path, known)}"
+
+
+def misplaced_values(config: dict[str, Any]) -> Iterator[str]:
+    """A message for every known section that holds no object; `resolve_ds_config` tells of those it writes into.
+
+    DeepSpeed takes `null` for an offload that is not wanted.
+    """
+    for path in SECTIONS.keys() - {"", "zero_optimization", "bf16", "fp16"}:
+        node: Any = config
+        for part in path.split("."):
+            node = node.get(part, {}) if isinstance(node, dict) else {}
+        if not isinstance(node, dict) and not (node is None and "." in path):
+            example = "device" if "offload" in path else min(SECTIONS[path])
+            yield f'{path} is {json.dumps(node)}; it must be an object such as {{"{example}": ...}}, or be removed.'
 
 
 def _hint(key: str, path: str, known: frozenset[str]) -> str:

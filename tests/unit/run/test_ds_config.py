@@ -248,6 +248,27 @@ def test_what_the_file_owns_stays() -> None:
             {},
             "gradient_cliping is not a key that DeepSpeed reads; did you mean gradient_clipping?",
         ),
+        (
+            {"data_types": "fp32"},
+            {},
+            'data_types is "fp32"; it must be an object such as {"buffer_dtype": ...}, or be removed.',
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
+            {},
+            'zero_optimization.offload_optimizer is "cpu"; it must be an object such as {"device": ...}, '
+            "or be removed.",
+        ),
+        (
+            {"data_types": {"grad_accum_dtype": "float99"}},
+            {},
+            'data_types.grad_accum_dtype ("float99") must be "fp32", "bf16" or "fp16"; write one of them or remove it.',
+        ),
+        (
+            {"communication_data_type": "float32"},
+            {},
+            'communication_data_type ("float32") must be "fp32", "bf16" or "fp16"; write one of them or remove it.',
+        ),
         ({"xyzzy": 1}, {}, "xyzzy is not a key that DeepSpeed reads; remove it."),
         (
             {"zero_optimization": {"stage": 2, "allgather_bucket_size": "auto"}},
@@ -285,6 +306,12 @@ def test_zero_optimization_is_an_object(zero: object) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_stage_is_accepted(stage: int) -> None:
     assert resolve({"zero_optimization": {"stage": stage}})["zero_optimization"]["stage"] == stage
+
+
+def test_other_names_of_a_type_and_no_offload_are_accepted() -> None:
+    zero = {"stage": 2, "offload_optimizer": None}
+    config = resolve({"data_types": {"grad_accum_dtype": "float32"}, "zero_optimization": zero})
+    assert partitioning(config)["offload_optimizer"] == "none"
 
 
 def test_what_is_filled_in_later_may_be_auto() -> None:
