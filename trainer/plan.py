@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import re
 import shlex
 import sys
@@ -23,6 +24,7 @@ _UNITS = {
 _BATCH_SECONDS = 75.0
 _UTTERANCE_SECONDS = 20.0
 _LEAST_BYTES = 10**8
+_GUESSED_UNITS = [unit.lower() for unit in _UNITS if len(unit) > 1]  # nobody means bytes who writes 24kB
 
 PLAIN = "plain"
 _COMMAND_COLUMNS = 100
@@ -152,7 +154,7 @@ def _parse_size(name: str, text: str | None, problems: list[str]) -> int | None:
         return None
     number, unit = match[1], match[2]
     if unit.lower() not in units:
-        near = difflib.get_close_matches(unit.lower(), [*units], n=1, cutoff=0.5) or ["gb"]
+        near = difflib.get_close_matches(unit.lower(), _GUESSED_UNITS, n=1, cutoff=0.6) or ["gb"]
         written = next(known for known in _UNITS if known.lower() == near[0])
         problems.append(f"{name} ({text}) has an unknown unit; did you mean {number}{written}?")
         return None
@@ -257,7 +259,7 @@ def recommend(request: Request, found: "Sequence[Need]") -> "tuple[Need | None, 
     most = max(in_order, key=lambda need: need.largest_seconds, default=None)
     if most is None or most.largest_seconds == 0:
         return None, 0.0
-    return most, float(int(most.largest_seconds))
+    return most, max(float(int(most.largest_seconds)), request.utterance_seconds)  # it holds a whole utterance
 
 
 def command(request: Request, need: "Need", batch_seconds: float) -> str:
@@ -267,6 +269,9 @@ def command(request: Request, need: "Need", batch_seconds: float) -> str:
     model = shlex.quote(request.model)
     if request.recipe:
         flags = [f"--config {model}"]
+        most = math.ceil(batch_seconds / request.utterance_seconds)
+        if most > request.recipe.get("per_device_train_batch_size", most):
+            flags.append(f"--per_device_train_batch_size {most}")
     else:
         flags = [f"--model_name_or_path {model}", "--per_device_train_batch_size 64"]
     flags += [

@@ -43,6 +43,7 @@ def test_memory_is_read(text: str, size: int) -> None:
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
+        ("--gpu_memory=24kB", "gpu_memory (24kB) has an unknown unit; did you mean 24GB?"),
         ("--gpu_memory=24G", "gpu_memory (24G) has an unknown unit; did you mean 24GB?"),
         ("--gpu_memory=24GIG", "did you mean 24GiB?"),
         ("--gpu_memory=24", "gpu_memory (24) is 24 bytes, in which nothing fits; did you mean 24GB?"),
@@ -157,6 +158,20 @@ def test_the_cheapest_that_fits_is_recommended() -> None:
     assert recommend(request, [_need("zero2", False, 0)]) == (None, 0.0)
     assert recommend(request, [_need("plain", False, 500)]) == (None, 0.0)  # DeepSpeed is what this is about
     assert "--gradient_checkpointing true" in command(request, found[1], 75.0)
+
+
+def test_less_than_was_asked_still_holds_a_whole_utterance() -> None:
+    request = dataclasses.replace(_resolve(), batch_seconds=75.0, utterance_seconds=15.625)
+    assert recommend(request, [_need("zero2", False, 15.9)])[1] == 15.625
+    short = dataclasses.replace(request, utterance_seconds=0.5)
+    assert recommend(short, [_need("zero2", False, 0.9)])[1] == 0.5
+
+
+def test_the_command_lets_a_batch_have_the_seconds_that_were_planned() -> None:
+    """The recipe of `demo` has up to 8 utterances in a batch, of 2 s."""
+    need = _need("zero2", False, 300)
+    assert "--per_device_train_batch_size" not in command(_resolve(), need, 16.0)
+    assert "--per_device_train_batch_size 51 " in command(_resolve(), need, 101.0)
 
 
 def test_the_host_counts_where_its_memory_is_known() -> None:
