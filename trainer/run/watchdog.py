@@ -2,8 +2,8 @@
 
 The process group's own timeout (30 minutes or `--hang_timeout_seconds`, if that is longer) is for starts and saves. For
 updates it would have to be short, and torch changes that of a living group only through a private call, group by group,
-DeepSpeed's included. So each rank watches its own progress in a thread, whatever it waits for, be it a collective or a file system. Ranks wait
-for each other in every update: one that hangs stops all, and all end.
+DeepSpeed's included. So each rank watches its own progress in a thread, whatever it waits for, be it a collective or a
+file system. Ranks wait for each other in every update: one that hangs stops all, and all end.
 """
 
 import faulthandler
