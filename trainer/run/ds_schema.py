@@ -76,13 +76,13 @@ def unknown_keys(config: dict[str, Any], also: frozenset[str]) -> Iterator[str]:
 def misplaced_values(config: dict[str, Any]) -> Iterator[str]:
     """A message for every known section that holds no object; `resolve_ds_config` tells of those it writes into.
 
-    DeepSpeed takes `null` for an offload that is not wanted.
+    `null` too, which DeepSpeed takes for an offload that is not wanted and accelerate (1.15) fails on.
     """
     for path in SECTIONS.keys() - {"", "zero_optimization", "bf16", "fp16"}:
         node: Any = config
         for part in path.split("."):
             node = node.get(part, {}) if isinstance(node, dict) else {}
-        if not isinstance(node, dict) and not (node is None and "." in path):
+        if not isinstance(node, dict):
             example = "device" if "offload" in path else min(SECTIONS[path])
             yield f'{path} is {json.dumps(node)}; it must be an object such as {{"{example}": ...}}, or be removed.'
 

@@ -437,7 +437,7 @@ def probe_engine(engine: Engine, model: nn.Module, ds_config: dict[str, Any]) ->
         "stage3_param_persistence_threshold": 0,
     }
     for section in ("offload_param", "offload_optimizer"):
-        if (zero.get(section) or {}).get("device") == "nvme":
+        if zero.get(section, {}).get("device") == "nvme":
             del zero[section]  # no files for a probe
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     # monitors and profilers would write to the user's folders, and the compiled optimizer is not what is checked

@@ -260,6 +260,11 @@ def test_what_the_file_owns_stays() -> None:
             "or be removed.",
         ),
         (
+            {"zero_optimization": {"stage": 2, "offload_param": None}},
+            {},
+            'zero_optimization.offload_param is null; it must be an object such as {"device": ...}, or be removed.',
+        ),
+        (
             {"data_types": {"grad_accum_dtype": "float99"}},
             {},
             'data_types.grad_accum_dtype ("float99") must be "fp32", "bf16" or "fp16"; write one of them or remove it.',
@@ -308,10 +313,8 @@ def test_every_stage_is_accepted(stage: int) -> None:
     assert resolve({"zero_optimization": {"stage": stage}})["zero_optimization"]["stage"] == stage
 
 
-def test_other_names_of_a_type_and_no_offload_are_accepted() -> None:
-    zero = {"stage": 2, "offload_optimizer": None}
-    config = resolve({"data_types": {"grad_accum_dtype": "float32"}, "zero_optimization": zero})
-    assert partitioning(config)["offload_optimizer"] == "none"
+def test_other_names_of_a_type_are_accepted() -> None:
+    assert resolve({"data_types": {"grad_accum_dtype": "float32"}})["data_types"] == {"grad_accum_dtype": "float32"}
 
 
 def test_what_is_filled_in_later_may_be_auto() -> None:
@@ -381,5 +384,5 @@ def test_partitioning_tells_apart_what_cuts_state_otherwise() -> None:
         _partitioning(sub_group_size=500),
     ]
     assert all(left != right for number, left in enumerate(different) for right in different[:number])
-    assert _partitioning(offload_optimizer=None) == _partitioning(offload_optimizer={"device": "none"})
+    assert _partitioning() == _partitioning(offload_optimizer={"device": "none"})
     assert json.loads(json.dumps(_partitioning())) == _partitioning()  # as it comes back from a checkpoint
