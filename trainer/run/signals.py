@@ -13,6 +13,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 # Schedulers signal launcher and ranks, and the launcher passes its signal on: what comes this soon is the same request.
 ECHO_SECONDS = 10.0
+# A terminal sends Ctrl-C to launcher and ranks, and some launchers, such as coreutils' timeout, pass theirs on at once.
+# No hand is that fast.
+_FORWARDED_SECONDS = 0.1
 
 
 class StopRequest:
@@ -49,9 +52,12 @@ class StopRequest:
             self._first_time = time.monotonic()
             self._first_number = number
             os.write(2, b"\nstopping after this update and saving; Ctrl-C (again) stops at once\n")
-        # nobody presses Ctrl-C twice by way of an echo
-        elif number == self._first_number == signal.SIGINT or self._since_first() >= self.echo_seconds:
+        elif self._since_first() >= self._echo_seconds(number):
             os._exit(128 + number)
+
+    def _echo_seconds(self, number: int) -> float:
+        """How long after the first signal this one may be its echo; a second Ctrl-C is pressed on purpose."""
+        return _FORWARDED_SECONDS if number == self._first_number == signal.SIGINT else self.echo_seconds
 
     def _since_first(self) -> float:
         return time.monotonic() - self._first_time

@@ -1,6 +1,8 @@
 """Experiment trackers through accelerate: Weights & Biases and TensorBoard. `metrics.jsonl` is written regardless."""
 
+import contextlib
 import importlib.util
+import io
 import os
 import socket
 import sys
@@ -72,7 +74,10 @@ def wandb_has_login() -> bool:
     """Whether W&B has a key for its server."""
     import wandb
 
-    return bool(wandb.api.api_key)
+    # wandb 0.31 calls this deprecated; what it names instead, wandb.login, keeps the key that it finds for the process,
+    # raises for one of a wrong length, and older ones would ask at a prompt
+    with contextlib.redirect_stderr(io.StringIO()):
+        return bool(wandb.api.api_key)
 
 
 def wandb_reachable() -> bool:

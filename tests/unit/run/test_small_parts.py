@@ -86,7 +86,7 @@ from trainer.run.signals import StopRequest
 
 def send(number):
     os.kill(os.getpid(), number)
-    time.sleep(0.2)
+    time.sleep(0.5)
 
 stop = StopRequest()
 stop.install()
@@ -113,6 +113,11 @@ def test_ctrl_c_asks_first_and_insists_the_second_time() -> None:
         "send(signal.SIGINT); print(stop.requested, flush=True)\nsend(signal.SIGINT); print('still here')"
     )
     assert result.stdout == "True\n" and "saving" in result.stderr and result.returncode == 128 + signal.SIGINT
+
+
+def test_a_ctrl_c_that_a_launcher_passes_on_is_not_a_second_one() -> None:
+    result = _signalled("os.kill(os.getpid(), signal.SIGINT); send(signal.SIGINT); print(stop.requested)")
+    assert result.stdout == "True\n" and result.returncode == 0
 
 
 def test_other_signals_are_not_taken_for_a_request() -> None:
@@ -180,7 +185,9 @@ def test_too_many_skipped_files_end_the_run_on_all_ranks(tmp_path: Path) -> None
             rank.share(shared)
 
 
-def test_wandb_is_offline_without_login_or_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_offline_without_login_or_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -188,6 +195,7 @@ def test_wandb_is_offline_without_login_or_server(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         assert wandb_reachable()
     assert not wandb_reachable()  # the server is gone
+    assert capsys.readouterr().err == ""
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
