@@ -71,6 +71,7 @@ def nvme_folder(folder: Path) -> Iterator[Finding]:
         yield Finding("nvme_path", f"{told}; {problem}", "choose a folder on a local solid-state disk")
     elif mount.kind not in _OF_ONE_MACHINE - _IN_MEMORY or _rotates(existing):
         slow = "it turns" if mount.kind in _OF_ONE_MACHINE else "it is not a disk of this machine"
+        slow = "it is memory" if mount.kind in _IN_MEMORY else slow
         yield note("nvme_path", f"{told}; {slow}", "offload to `cpu` instead, or to a local solid-state disk")
     else:
         yield Finding("nvme_path", told)

@@ -82,7 +82,9 @@ def wandb_has_login() -> bool:
 
 def wandb_reachable() -> bool:
     """Whether a login exists and the server answers; wandb itself would ask at a prompt or retry for minutes."""
-    url = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    import wandb
+
+    url = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url)
     if not wandb_has_login():
         return False
     if url.scheme in urllib.request.getproxies():

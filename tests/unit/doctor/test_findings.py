@@ -75,7 +75,9 @@ def test_nvme_folder(kind: str, rotates: bool, verdict: str, monkeypatch: pytest
     _on(monkeypatch, kind)
     monkeypatch.setattr(storage, "_rotates", lambda _: rotates)
     monkeypatch.setattr(storage, "_no_direct_writes", lambda _: "")
-    assert [finding.verdict for finding in storage.nvme_folder(tmp_path)] == [verdict]
+    (finding,) = storage.nvme_folder(tmp_path)
+    assert finding.verdict == verdict
+    assert ("it turns" in finding.found) == rotates and ("it is memory" in finding.found) == (kind == "tmpfs")
     monkeypatch.setattr(storage, "_no_direct_writes", lambda _: "takes no direct writes")
     assert [finding.verdict for finding in storage.nvme_folder(tmp_path)] == ["WRONG"]
 

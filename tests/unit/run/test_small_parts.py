@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 from pathlib import Path
 
 import pytest
 import torch
+import wandb
 
 from trainer.data.index import Skipped
 from trainer.errors import RunWentBad, UserError
@@ -196,6 +198,17 @@ def test_wandb_is_offline_without_login_or_server(
         assert wandb_reachable()
     assert not wandb_reachable()  # the server is gone
     assert capsys.readouterr().err == ""
+    asked: list[tuple[str, int]] = []
+
+    def connect(address: tuple[str, int], timeout: float) -> socket.socket:
+        asked.append(address)
+        return socket.socket()
+
+    monkeypatch.delenv("WANDB_BASE_URL")
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("socket.create_connection", connect)
+    assert wandb_reachable()
+    assert asked == [(urllib.parse.urlsplit(wandb.Settings().base_url).hostname, 443)]  # the one it would log to
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
