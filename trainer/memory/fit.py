@@ -38,7 +38,10 @@ class Curve:
         first, last = self.numbers[right - 1], self.numbers[right]
         share = (number - first) / (last - first)
         before, after = (dataclasses.astuple(self.peaks[index]) for index in (right - 1, right))
-        return Activations(*(round(a + (b - a) * share) for a, b in zip(before, after, strict=True)))
+        parts = [a + (b - a) * share for a, b in zip(before, after, strict=True)]
+        # a part that another moment's peak does without falls below nothing far beyond what was counted; the sum holds
+        shown = [max(0.0, part) for part in parts]
+        return Activations(*(round(part * sum(parts) / max(sum(shown), 1.0)) for part in shown))
 
     def largest(self, available: int) -> float:
         """The most utterances whose activations take at most `available` bytes; 0 where not even one does."""

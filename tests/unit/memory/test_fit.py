@@ -105,6 +105,12 @@ def test_the_curve_runs_through_what_was_counted_and_on() -> None:
     assert [curve.largest(total) for total in (9, 10, 45, 80, 640, 1200, 2320)] == [0, 1, 4.5, 8, 36, 64, 120]
 
 
+def test_no_part_falls_below_nothing_beyond_what_was_counted() -> None:
+    """With few utterances the peak is in the encoder, with many in the front end."""
+    far = Curve((1, 32), [Activations(40, 60, 0), Activations(3200, 0, 0)]).at(320)
+    assert far.encoder == 0 and far.total == pytest.approx(100 + (3200 - 100) / 31 * 319, abs=2)
+
+
 @pytest.mark.parametrize(("casts_model", "too_high"), [(True, 0.02), (False, 0.25)])
 def test_between_counted_sizes_the_curve_is_never_too_low(casts_model: bool, too_high: float) -> None:
     workload = Workload(shipped_config("demo"), 2.0, gradient_checkpointing=True, bf16=True, casts_model=casts_model)
