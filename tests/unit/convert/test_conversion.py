@@ -201,7 +201,7 @@ def edit_config(run: Any, **changes: Any) -> None:
         (add_a_layer, r"encoder\.layers\.1\.\S+ is missing.*and \d+ more"),
         (drop_a_layer, r"encoder\.layers\.0\.\S+ is not a weight of the stock model"),
         (widen, r"intermediate_dense\.weight has shape \[24, 16\] where the stock model has \[32, 16\]"),
-        (name_no_class, "must name a class of transformers"),
+        (name_no_class, "must name a model of transformers"),
         (unknown_model_type, "transformers cannot load it"),
         (remove_preprocessor, r"preprocessor_config\.json: missing"),
         (put_a_nan, r"project_hid\.bias has values that are not finite"),
